@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm import texts
+from tinyonn_lib.lm.judge import _windows
+from tinyonn_lib.lm.pretrain import _batches, bits_per_byte, pretrain, sample
+from tinyonn_lib.lm.tokenizer import train_bpe
+
+TEXTS = [f"the cat number {i} sat on the mat, and the dog ate the hat of Größe {i % 7}." for i in range(400)]
+TOKENIZER = train_bpe(TEXTS, 300)
+BLOCKS = texts.pack(texts.encode(TEXTS, TOKENIZER, None), 32, 0, seed=0)
+
+
+def test_pretraining_learns_and_beats_the_start(tiny: Callable[..., Any]) -> None:
+    model = tiny()
+    before = bits_per_byte(model, TOKENIZER, TEXTS[:20])
+    history = pretrain(BLOCKS, model, tokens=40 * 16 * 32, shards=2)
+    assert len(history) == 40
+    assert not model.training
+    assert history["tokens"].iloc[-1] == 40 * 16 * 32
+    assert bits_per_byte(model, TOKENIZER, TEXTS[:20]) < 0.5 * before
+
+
+def test_budget_by_seconds_keeps_its_steps(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    runs = [pretrain(BLOCKS, tiny(), seconds=1.0, shards=1, batch=4, checkpoint=tmp_path / "c.pt") for _ in range(2)]
+    assert len(runs[0]) == len(runs[1]) >= 1  # the second call finds steps and result of the first
+
+
+def test_each_block_once_per_epoch() -> None:
+    blocks = torch.arange(10)[:, None].repeat(1, 2)
+    at = _batches(blocks, 4, 0, torch.device("cpu"))
+    order = torch.cat([at(step)[:, 0] for step in range(5)]).tolist()
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        (torch.zeros(3, 1, dtype=torch.long), {}),
+        (torch.full((3, 8), 300), {}),
+        (torch.zeros(3, 64, dtype=torch.long), {}),
+        (BLOCKS, {"tokens": 0}),
+        (BLOCKS, {"seconds": -1.0}),
+        (BLOCKS, {"precision": "float8"}),
+    ],
+)
+def test_refuses(tiny: Callable[..., Any], blocks: torch.Tensor, options: dict[str, Any]) -> None:
+    with pytest.raises(BenchError):
+        pretrain(blocks, tiny(), **options)
+
+
+def test_diverging_names_the_step(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(BenchError, match=r"step .*learning rate"):
+        pretrain(BLOCKS, tiny(), tokens=30 * 512, lr_embedding=math.inf, warmup_steps=0, shards=1)
+
+
+def test_bits_per_byte_is_exact(tiny: Callable[..., Any]) -> None:
+    """Against a loop over single tokens: every token of every text, the first one after BOS, over UTF-8 bytes."""
+    model, rows = tiny(), ["the cat Größe", "猫", "", "sat on the mat, and the dog"]
+    nats = 0.0
+    for row in rows:
+        ids = [0, *TOKENIZER(row, add_special_tokens=False)["input_ids"]]
+        for place in range(1, len(ids)):
+            logits = model(torch.tensor([ids[:place]])).logits[0, -1].double()
+            nats -= logits.log_softmax(-1)[ids[place]].item()
+    expected = nats / math.log(2) / sum(len(row.encode()) for row in rows)
+    assert bits_per_byte(model, TOKENIZER, rows) == pytest.approx(expected, rel=1e-5)
+    assert bits_per_byte(model, TOKENIZER, rows, batch_tokens=1) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(BenchError):
+        bits_per_byte(model, TOKENIZER, [""])
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(4, 0), (4, 2), (7, 5), (100, 3), (2, 0)])
+def test_windows_score_each_token_once(length: int, overlap: int) -> None:
+    for count in range(1, 30):
+        ids = list(range(count))
+        scored = [token for window, context in _windows(ids, length, overlap) for token in window[context:]]
+        assert scored == ids[1:]
+        assert all(len(window) <= length and context >= 1 for window, context in _windows(ids, length, overlap))
+
+
+def test_samples_repeat_and_leave_the_random_state(tiny: Callable[..., Any]) -> None:
+    model = tiny()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = sample(model, TOKENIZER, ["the cat", ""], seed=1, new_tokens=8)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first[0].startswith("the cat")
+    assert first == sample(model, TOKENIZER, ["the cat", ""], seed=1, new_tokens=8)
+    assert first != sample(model, TOKENIZER, ["the cat", ""], seed=2, new_tokens=8)
+    assert sample(model, TOKENIZER, ["the cat " * 50], new_tokens=8)[0].startswith("the cat the cat")
+    with pytest.raises(BenchError):
+        sample(model, TOKENIZER, ["a"], new_tokens=32)

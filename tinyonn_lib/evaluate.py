@@ -1,0 +1,102 @@
+"""Judging: loss on held-out text, and paired comparison with an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Negative log-likelihood per sample.
+
+    Attributes
+    ----------
+    nats
+        Sum over the sample's predicted tokens, `(samples,)`, float64.
+    tokens
+        Predicted tokens, `(samples,)`.
+    """
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+@torch.no_grad()
+def loss(
+    model: Any,
+    samples: Sequence[Sequence[int]],
+    batch: int = 16,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Loss:
+    """Next-token loss of every sample of token ids; padding never counts.
+
+    Samples of similar length share a batch. Returned in the order given.
+    """
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
+    device = next(model.parameters()).device
+    nats = np.zeros(len(samples))
+    for begin in range(0, len(order), batch):
+        rows = order[begin : begin + batch]
+        lengths = torch.tensor([len(samples[i]) for i in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for row, i in enumerate(rows):
+            ids[row, : lengths[row]] = torch.tensor(samples[i])
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        ids, real = ids.to(device), real.to(device)
+        logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1].float()
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        nats[rows] = (each.double() * real[:, 1:]).sum(1).cpu().numpy()
+        if progress:
+            progress(begin + len(rows), len(order), "")
+    return Loss(nats, np.array([len(s) - 1 for s in samples], np.int64))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean loss of one model minus another's on the same tokens, nats per token, with a 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def paired(
+    losses: Sequence[Loss], reference: Sequence[Loss] | Loss, groups: Sequence[Any], draws: int = 2000, seed: int = 0
+) -> Difference:
+    """ΔNLL with a paired bootstrap interval (Efron & Tibshirani 1993, §6.4).
+
+    Parameters
+    ----------
+    losses
+        One `Loss` per seed of the method; their nats are averaged per sample before resampling.
+    reference
+        What they are compared with, on the same samples.
+    groups
+        What each sample belongs to, such as its source file: samples of one group are drawn together, because they
+        are not independent.
+    """
+    reference = [reference] if isinstance(reference, Loss) else reference
+    tokens = losses[0].tokens
+    if any(not np.array_equal(item.tokens, tokens) for item in (*losses, *reference)):
+        raise ValueError("paired comparison needs the same samples on both sides")
+    gap = np.mean([item.nats for item in losses], axis=0) - np.mean([item.nats for item in reference], axis=0)
+    _, code = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    gap_sum, token_sum = np.bincount(code, gap), np.bincount(code, tokens)
+    counts = np.random.default_rng(seed).multinomial(len(gap_sum), np.full(len(gap_sum), 1 / len(gap_sum)), size=draws)
+    means = counts @ gap_sum / (counts @ token_sum)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(float(gap.sum() / tokens.sum()), float(low), float(high))

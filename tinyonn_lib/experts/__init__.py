@@ -1,0 +1,1 @@
+"""From statistics to experts: scores, clusters, partitions, assembly, export, router."""

@@ -1,0 +1,130 @@
+"""Run a dense model as if it were divided: scale each neuron's h before `down_proj`.
+
+An expert that is off is a group of neurons whose h is zero, and a gate is a factor on h; so any partition and any
+router can be judged, and a router trained, at dense speed, before a checkpoint is written. The exported model
+computes the same (tests/experts compares them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyonn_lib.experts.assemble import GatedFFN, dense_weight
+from tinyonn_lib.experts.partition import Partition
+
+Scale = Callable[[Tensor, Tensor], Tensor]
+"""`(x, h) → factor on h`; x is the FFN's input `(…, d_model)`, h `(…, d_ffn)`, the factor broadcasts to h."""
+
+
+@contextmanager
+def scaled(ffns: Sequence[GatedFFN], scales: Sequence[Scale], shifts: Sequence[Tensor] | None = None) -> Iterator[None]:
+    """Within the block every FFN computes `W_down(scale(x, h) ⊙ h)`, plus a constant `shift` `(d_model,)` if given."""
+    handles = []
+    inputs: dict[tuple[int, int], Tensor] = {}  # by thread: training runs shards of a batch side by side
+
+    def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: inputs.__setitem__((get_ident(), index), args[0])
+
+    def scale_h(index: int, scale: Scale) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
+        return lambda module, args: (args[0] * scale(inputs.pop((get_ident(), index)), args[0]),)
+
+    def shift_y(shift: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        return lambda module, args, out: out + shift.to(out)
+
+    try:
+        for index, (ffn, scale) in enumerate(zip(ffns, scales, strict=True)):
+            handles.append(ffn.module.register_forward_pre_hook(keep(index)))
+            handles.append(ffn.down.register_forward_pre_hook(scale_h(index, scale)))
+            if shifts is not None:
+                handles.append(ffn.down.register_forward_hook(shift_y(shifts[index])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_of(index: Tensor) -> Tensor:
+    """`(experts, size)` neuron lists → `(d_ffn,)` expert of each neuron."""
+    owner = torch.empty(index.numel(), dtype=torch.long)
+    owner[index.reshape(-1)] = torch.arange(index.shape[0]).repeat_interleave(index.shape[1])
+    return owner
+
+
+def energies(index: Tensor, down: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function `h (…, d_ffn) → ‖W_down,e h_e‖² (…, experts)`: how much each expert adds to the output.
+
+    `index` is `(experts, size)`, `down` `(d_model, d_ffn)`. Through each expert's Gram matrix, which is built once:
+    size² multiplications per token and expert instead of size·d_model.
+    """
+    parts = down[:, index].permute(1, 2, 0).float()  # (experts, size, d_model)
+    gram = parts @ parts.transpose(1, 2)
+
+    def energy(h: Tensor) -> Tensor:
+        grouped = h[..., index].float().movedim(-2, 0).flatten(1, -2)  # (experts, tokens, size)
+        squares = ((grouped @ gram) * grouped).sum(-1).clamp(min=0)
+        return squares.T.reshape(*h.shape[:-1], index.shape[0])
+
+    return energy
+
+
+def top_mask(score: Tensor, k: int) -> Tensor:
+    """1 for the k highest entries of the last axis, else 0; same shape."""
+    return torch.zeros_like(score).scatter_(-1, score.topk(k, dim=-1).indices, 1.0)
+
+
+def oracle(partition: Partition, ffns: Sequence[GatedFFN], k: int) -> list[Scale]:
+    """The upper bound: per token the k experts with the largest ‖W_down,e h_e‖₂; no router can know them beforehand."""
+
+    def layer_scale(index: Tensor, down: Tensor) -> Scale:
+        owner, energy = expert_of(index), energies(index, down)
+        return lambda x, h: top_mask(energy(h), k).to(h)[..., owner]
+
+    return [layer_scale(i, dense_weight(f.down)) for i, f in zip(partition.experts, ffns, strict=True)]
+
+
+def static(scores: Sequence[Tensor], keep: float) -> list[Scale]:
+    """Static pruning: the same top fraction `keep` of the neurons for every token."""
+    masks = [top_mask(s, max(1, round(keep * s.numel()))) for s in scores]
+    return [lambda x, h, mask=m: mask.to(h) for m in masks]  # type: ignore[misc]
+
+
+def dropped_mean(
+    ffns: Sequence[GatedFFN], scores: Sequence[Tensor], means: Sequence[Tensor], keep: float
+) -> list[Tensor]:
+    """What the pruned neurons contribute on average, per layer `(d_model,)`: FLAP's bias compensation.
+
+    `means` holds each layer's mean h `(d_ffn,)`.
+    """
+    shifts = []
+    for ffn, score, mean in zip(ffns, scores, means, strict=True):
+        down = dense_weight(ffn.down)
+        dropped = 1 - top_mask(score, max(1, round(keep * score.numel())))
+        shifts.append(down @ (mean * dropped).to(down))
+    return shifts
+
+
+def linear_router(weights: Sequence[Tensor], partition: Partition, k: int, *, unit: bool = False) -> list[Scale]:
+    """A linear top-k router per layer, `weights[l]` `(experts, d_model)`, as Qwen3Moe computes it.
+
+    Gates are `experts · softmax(x Wᵀ)` on the k largest (the exported `down_proj` carries the factor), so a zero
+    router with every expert on is the dense model. `unit` gives the chosen experts gate 1.
+    """
+
+    def layer_scale(weight: Tensor, index: Tensor) -> Scale:
+        owner = expert_of(index)
+
+        def scale(x: Tensor, h: Tensor) -> Tensor:
+            gates = (x.float() @ weight.T).softmax(-1)
+            chosen = top_mask(gates.detach(), k)
+            gate = chosen if unit else gates * chosen * weight.shape[0]
+            return gate.to(h)[..., owner]
+
+        return scale
+
+    return [layer_scale(w, i) for w, i in zip(weights, partition.experts, strict=True)]

@@ -1,0 +1,1 @@
+"""Models and texts: loading, finding FFNs, corpora, tokenizers, pretraining."""

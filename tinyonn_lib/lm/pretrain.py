@@ -1,0 +1,212 @@
+"""Train a small language model in a minute or two of CPU, and judge it: bits per byte and samples.
+
+The recipe is that of PEERS.md §7: Muon on matrices, AdamW with its own high rate on the rest, a trapezoidal schedule.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.judge import bits_per_byte, sample
+from tinyonn_lib.lm.train import Progress, Schedule, fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["bits_per_byte", "pretrain", "sample"]
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def pretrain(
+    train_blocks: Tensor,
+    model: PreTrainedModel,
+    *,
+    tokens: int = 1_000_000,
+    seconds: float | None = None,
+    batch: int = 16,
+    lr_matrix: float = 0.02,
+    lr_embedding: float = 0.05,
+    weight_decay: float = 0.01,
+    momentum: float = 0.95,
+    warmup_steps: int = 20,
+    decay_share: float = 0.5,
+    schedule: Schedule = "trapezoidal",
+    clip: float | None = 1.0,
+    precision: Precision = "auto",
+    shards: int | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    every_seconds: float = 10.0,
+    progress: Progress | None = None,
+    timing: dict[str, float] | None = None,
+) -> pd.DataFrame:
+    """Train a causal language model in place on packed blocks.
+
+    Args:
+        train_blocks: (N, length) token ids, from `texts.pack`; visited in a new random order each epoch.
+        model: float32 weights; left in eval mode.
+        tokens: budget, rounded to whole steps. A killed and resumed run equals an uninterrupted one to the bit.
+        seconds: budget by the clock instead: the speed is measured first and `tokens` follows from it, so the result
+            depends on the machine. A resumed run keeps the number of steps that was measured first.
+        batch: blocks per step.
+        lr_matrix: Muon's peak rate, for all matrices of the layers; lr_embedding: AdamW's, for embeddings, head, norms.
+        weight_decay: of Muon; momentum: of Muon.
+        warmup_steps, decay_share, schedule, clip: see `train.fit`.
+        precision: of the computation (weights stay float32); "auto" is bfloat16 where the processor computes in it.
+        shards: threads with a part of the batch each; None takes one per core, at most four, and 1 on a GPU.
+        seed: order of the blocks.
+        checkpoint, every_seconds, progress, timing: see `train.fit`.
+
+    Returns:
+        The history of `train.fit`: step, tokens, loss (nats per token), lr, grad_norm, spike.
+
+    Raises:
+        BenchError: a budget too small for one step, blocks that do not fit the model, or a diverging loss.
+    """
+    _check(train_blocks, model, tokens, seconds, batch)
+    device = next(model.parameters()).device
+    per_step = batch * int(train_blocks.shape[1])
+    shards = shards or default_shards(device)
+    loss_fn = _loss(model, _autocast(precision, device))
+
+    def run(target: PreTrainedModel, steps: int, loss: Callable[[Tensor], Tensor], **more: Any) -> pd.DataFrame:
+        opts = _optimizers(target, lr_matrix, lr_embedding, weight_decay, momentum, shards)
+        source = _batches(train_blocks, batch, seed, device)
+        return fit(target, loss, source, opts, steps=steps, warmup_steps=min(warmup_steps, steps // 4), clip=clip,
+                   decay_share=decay_share, schedule=schedule, shards=shards, **more)  # fmt: skip
+
+    steps = max(1, round(tokens / per_step))
+    attention = model.config._attn_implementation
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # on short blocks a sixth of the step faster than the fused kernel
+    model.train()
+    try:
+        if seconds is not None:
+            plan = checkpoint.with_name(checkpoint.name + ".steps") if checkpoint is not None else None
+            trial = copy.deepcopy(model)
+            trial_loss = _loss(trial, _autocast(precision, device))
+            steps = _planned_steps(lambda n: run(trial, n, trial_loss), seconds, plan)
+            del trial
+        return run(
+            model, steps, loss_fn, checkpoint=checkpoint, every_seconds=every_seconds, progress=progress, timing=timing,
+            tag=f"{precision} {seed} {weight_decay} {momentum}",
+        )  # fmt: skip
+    finally:
+        model.eval()
+        model.set_attn_implementation(attention)
+
+
+def default_shards(device: torch.device) -> int:
+    """Threads for `train.fit`: one per core that this process may use, at most four; 1 on a GPU."""
+    if device.type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores))
+
+
+def _check(blocks: Tensor, model: PreTrainedModel, tokens: int, seconds: float | None, batch: int) -> None:
+    if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
+        raise BenchError(f"Training blocks must be (N, length ≥ 2) token ids, got shape {tuple(blocks.shape)}.")
+    if batch < 1 or tokens < 1 or (seconds is not None and seconds <= 0):
+        raise BenchError(f"batch={batch}, tokens={tokens} and seconds={seconds} must be positive.")
+    config = model.config.get_text_config()
+    if int(blocks.max()) >= config.vocab_size or int(blocks.min()) < 0:
+        raise BenchError(
+            f"A block holds token {int(blocks.max())}, the model has {config.vocab_size}: other tokenizer?"
+        )
+    if blocks.shape[1] > config.max_position_embeddings:
+        raise BenchError(f"Blocks of {blocks.shape[1]} tokens exceed the model's {config.max_position_embeddings}.")
+
+
+def _autocast(precision: Precision, device: torch.device) -> Callable[[], torch.autocast]:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise BenchError(f"Unknown precision '{precision}': choose auto, float32 or bfloat16.")
+    fast = precision == "bfloat16"
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:  # emulated bfloat16 is slower than float32; torch has no public question for it
+            fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    # No cache: it is shared between threads.
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast, cache_enabled=False)
+
+
+def _loss(model: PreTrainedModel, autocast: Callable[[], torch.autocast]) -> Callable[[Tensor], Tensor]:
+    def loss(blocks: Tensor) -> Tensor:
+        with autocast():
+            logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].reshape(-1))
+
+    return loss
+
+
+def _batches(blocks: Tensor, batch: int, seed: int, device: torch.device) -> Callable[[int], Tensor]:
+    """step → (batch, length): all blocks once in a shuffled order, then all again in another."""
+    count = len(blocks)
+    orders: dict[int, np.ndarray] = {}
+
+    def at(step: int) -> Tensor:
+        places = np.arange(step * batch, (step + 1) * batch)
+        for epoch in {int(e) for e in places // count} - orders.keys():
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+        picked = [orders[int(place // count)][place % count] for place in places]
+        return blocks[torch.as_tensor(np.array(picked))].to(device)
+
+    return at
+
+
+def _optimizers(
+    model: nn.Module, lr_matrix: float, lr_embedding: float, weight_decay: float, momentum: float, parts: int
+) -> list[torch.optim.Optimizer]:
+    """Muon over the matrices inside the layers, in `parts` of equal work for as many threads; AdamW over the rest."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = cast("Any", model).get_output_embeddings()
+    tables |= {id(head.weight)} if head is not None else set()
+    params = [param for param in model.parameters() if param.requires_grad]
+    matrices = [param for param in params if param.ndim == 2 and id(param) not in tables]
+    rest = [param for param in params if not (param.ndim == 2 and id(param) not in tables)]
+    shares: list[list[nn.Parameter]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for param in sorted(matrices, key=lambda p: -p.numel() * min(p.shape)):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(param)
+        loads[lightest] += param.numel() * min(param.shape)
+    opts: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(share, lr=lr_matrix, momentum=momentum, weight_decay=weight_decay) for share in shares if share
+    ]
+    if rest:
+        opts.append(torch.optim.AdamW(rest, lr=lr_embedding, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    return opts
+
+
+def _planned_steps(trial: Callable[[int], object], seconds: float, plan: Path | None) -> int:
+    """Steps that fit into `seconds`, measured once; remembered in `plan` so that a resumed run keeps its schedule."""
+    if plan is not None and plan.exists():
+        return int(json.loads(plan.read_text())["steps"])
+    began = time.monotonic()
+    trial(2)  # the first steps allocate and warm caches
+    middle = time.monotonic()
+    trial(6)
+    ended = time.monotonic()
+    steps = max(1, math.floor((seconds - (ended - began)) / ((ended - middle) / 6)))
+    if plan is not None:
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        temporary = plan.with_name(plan.name + ".tmp")
+        temporary.write_text(json.dumps({"steps": steps}))
+        temporary.replace(plan)
+    return steps

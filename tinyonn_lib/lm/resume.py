@@ -1,0 +1,115 @@
+"""Private checkpoints of a training loop: written atomically, read only if they belong to the same training."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyonn_lib.errors import BenchError
+
+_FINGERPRINT_VALUES = 4096
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """All tensors of a batch: a tensor, or tuples, lists and dictionaries of them."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [tensor for value in batch.values() for tensor in tensors_in(value)]
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        return [tensor for value in batch for tensor in tensors_in(value)]
+    return []
+
+
+def fingerprint(plan: Mapping[str, Any], params: Sequence[Tensor], batch: Any) -> str:
+    """Hash of a training: its settings, its starting values and its first batch.
+
+    Large tensors enter with their shape, their sum and some thousand evenly spread values: enough to tell another
+    seed or other data apart, and cheap for a billion parameters.
+    """
+    sha = hashlib.sha256(repr(sorted(plan.items())).encode())
+    for tensor in [*params, *tensors_in(batch)]:
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // _FINGERPRINT_VALUES)].double()
+        sha.update(f"{tuple(tensor.shape)} {tensor.dtype} {float(flat.double().sum())!r}".encode())
+        sha.update(picked.cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save(
+    path: Path,
+    key: str,
+    step: int,
+    params: Sequence[Tensor],
+    model: nn.Module | None,
+    optimizers: Sequence[torch.optim.Optimizer],
+    history: Mapping[str, Sequence[float]],
+) -> None:
+    """Write the whole state so that a kill at any moment leaves the old file or the new one, never half a file.
+
+    Raises:
+        BenchError: no space, or no right to write there.
+    """
+    state = {
+        "key": key,
+        "step": step,
+        "params": [param.detach() for param in params],
+        "buffers": {name: buffer.detach() for name, buffer in _buffers(model).items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "history": {name: torch.tensor(values, dtype=torch.float64) for name, values in history.items()},
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = (str(error).splitlines() or ["?"])[0][:160]
+        raise BenchError(
+            f"Cannot write the checkpoint {path.name} ({reason}): free disk space and run again."
+        ) from error
+
+
+def restore(
+    path: Path,
+    key: str,
+    params: Sequence[Tensor],
+    model: nn.Module | None,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> tuple[int, dict[str, list[float]]] | None:
+    """Put the saved state back in place; (steps done, history), or None if there is none of this training."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # truncated or foreign: as good as none, the training starts anew
+        return None
+    if not isinstance(state, dict) or state.get("key") != key:
+        return None
+    with torch.no_grad():
+        for param, saved in zip(params, state["params"], strict=True):
+            param.copy_(saved)
+        buffers = _buffers(model)
+        for name, saved in state["buffers"].items():
+            buffers[name].copy_(saved)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return int(state["step"]), {name: values.tolist() for name, values in state["history"].items()}
+
+
+def _buffers(model: nn.Module | None) -> dict[str, Tensor]:
+    return dict(model.named_buffers()) if model is not None else {}

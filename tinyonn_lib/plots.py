@@ -1,0 +1,397 @@
+"""Tables in, plotly figures out. The only file that imports plotly.
+
+Every figure carries in `layout.meta` what a report needs beside the picture: `alt` (one sentence that says what is to
+be seen), `table` (the numbers behind it) and `thumbnail` (whether it stands for its phase on the index page).
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+
+ACCENT, INK, QUIET = "#0b6e6e", "#22313f", "#8a97a3"
+PALETTE = ("#0b6e6e", "#d1682e", "#5b5ea6", "#3b8f4c", "#b23a6f", "#7a6a53", "#2f7fbf", "#c2a11f")
+DIVERGING = "RdBu_r"
+SEQUENTIAL = "Viridis"
+TABLE_ROWS = 50
+MAP_SAMPLE = 20_000
+
+pio.templates["tinyonn"] = go.layout.Template(
+    layout={
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        "colorway": PALETTE,
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "margin": {"l": 64, "r": 24, "t": 56, "b": 52},
+        "title": {"x": 0.01, "xanchor": "left", "font": {"size": 15}},
+        "xaxis": {"gridcolor": "#e8ecef", "zerolinecolor": "#c9d1d8", "ticks": "outside", "tickcolor": "#c9d1d8"},
+        "yaxis": {"gridcolor": "#e8ecef", "zerolinecolor": "#c9d1d8", "ticks": "outside", "tickcolor": "#c9d1d8"},
+        "legend": {"orientation": "h", "y": -0.2, "x": 0},
+        "height": 420,
+    }
+)
+
+
+def describe(figure: go.Figure, alt: str, table: pd.DataFrame, *, thumbnail: bool = False) -> go.Figure:
+    """Give a figure its alt text and its table (first rows; the total is kept)."""
+    shown = table.head(TABLE_ROWS)
+    rows = [[_plain(v) for v in row] for row in shown.itertuples(index=False)]
+    figure.update_layout(
+        template="tinyonn",
+        meta={
+            "alt": alt,
+            "table": {"columns": [str(c) for c in shown.columns], "rows": rows, "total": len(table)},
+            "thumbnail": thumbnail,
+        },
+    )
+    return figure
+
+
+def _plain(value: Any) -> str | float | int:
+    if isinstance(value, (np.integer, int)):
+        return int(value)
+    if isinstance(value, (np.floating, float)):
+        return float(f"{value:.4g}")
+    return str(value)
+
+
+def loss_curves(history: pd.DataFrame, *, smooth: int = 20) -> go.Figure:
+    """Training loss over tokens, one line per `model`; `history` has `model, tokens, loss`."""
+    figure = go.Figure()
+    for name, rows in history.groupby("model", sort=False):
+        line = rows["loss"].rolling(smooth, min_periods=1).mean()
+        figure.add_scatter(x=rows["tokens"], y=line, mode="lines", name=html.escape(str(name)))
+    figure.update_layout(title=f"Training loss, mean of {smooth} steps")
+    figure.update_xaxes(title="tokens seen")
+    figure.update_yaxes(title="nats per token")
+    by_model = history.groupby("model", sort=False)
+    ends = ", ".join(f"{name} ends at {rows['loss'].tail(smooth).mean():.2f}" for name, rows in by_model)
+    last = by_model.tail(1)
+    return describe(figure, f"Training loss falls with tokens seen: {ends} nats per token.", last, thumbnail=True)
+
+
+def bars(
+    table: pd.DataFrame, x: str, y: str, *, title: str, unit: str, alt: str, colour: str | None = None
+) -> go.Figure:
+    """One bar per row, labelled with its value; `colour` names a column that groups them."""
+    figure = go.Figure()
+    for name, rows in table.groupby(colour, sort=False) if colour else [("", table)]:
+        figure.add_bar(
+            x=rows[x].map(lambda v: html.escape(str(v))),
+            y=rows[y],
+            name=html.escape(str(name)),
+            text=rows[y].map(lambda v: f"{v:.3g}"),
+            textposition="outside",
+            cliponaxis=False,
+        )
+    figure.update_layout(title=title, showlegend=colour is not None, barmode="group")
+    figure.update_yaxes(title=unit)
+    return describe(figure, alt, table)
+
+
+def _heat(
+    table: pd.DataFrame, *, title: str, unit: str, alt: str, scale: str, span: float | None = None, digits: str = ".3g"
+) -> go.Figure:
+    """Heat map of a frame whose index is the row axis and whose columns are the column axis."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=table.to_numpy(),
+            x=[html.escape(str(c)) for c in table.columns],
+            y=[html.escape(str(i)) for i in table.index],
+            colorscale=scale,
+            zmin=None if span is None else -span,
+            zmax=span,
+            colorbar={"title": {"text": unit}},
+            texttemplate=f"%{{z:{digits}}}" if table.size <= 120 else None,
+        )
+    )
+    figure.update_layout(title=title)
+    figure.update_yaxes(autorange="reversed", type="category", title=table.index.name)
+    figure.update_xaxes(type="category", title=table.columns.name)
+    return describe(figure, alt, table.reset_index())
+
+
+def layer_heat(neurons: pd.DataFrame) -> go.Figure:
+    """Median of every statistic per layer, each relative to its mean over layers."""
+    columns = ["act", "grad_gate", "grad_up", "grad_down", "grad", "saliency"]
+    medians = neurons.groupby("layer")[columns].median()
+    table = (medians / medians.mean()).rename_axis(columns="statistic")
+    grad = medians["grad"]
+    alt = (
+        f"Median statistic per layer relative to the mean of the layers; the gradient norm is largest in layer "
+        f"{grad.idxmax()} ({grad.max():.2g}) and smallest in layer {grad.idxmin()} ({grad.min():.2g})."
+    )
+    return _heat(table, title="Median neuron of each layer (1 = mean of layers)", unit="×", alt=alt, scale=SEQUENTIAL)
+
+
+def distributions(neurons: pd.DataFrame) -> go.Figure:
+    """Distribution over neurons of activation, gradient norm and saliency, one violin per layer, log10."""
+    from plotly.subplots import make_subplots
+
+    columns = {"act": "mean |h|", "grad": "weight-gradient norm", "saliency": "|h·∂L/∂h|"}
+    figure = make_subplots(1, 3, subplot_titles=list(columns.values()), horizontal_spacing=0.07)
+    for column, name in enumerate(columns, 1):
+        for layer, rows in neurons[neurons[name] > 0].groupby("layer"):
+            figure.add_violin(
+                y=np.log10(rows[name]),
+                name=str(layer),
+                showlegend=False,
+                marker_color=PALETTE[int(layer) % len(PALETTE)],
+                points=False,
+                box_visible=True,
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(title="layer", type="category")
+    figure.update_yaxes(title="log10", col=1)
+    figure.update_layout(title=f"Per-neuron distributions (n = {len(neurons):,})", margin={"t": 80})
+    summary = neurons.groupby("layer")[list(columns)].quantile([0.05, 0.5, 0.95])
+    summary = summary.rename_axis(["layer", "quantile"]).reset_index()
+    zero = int((neurons["grad"] == 0).sum())
+    alt = f"Activation, gradient norm and saliency of the neurons, per layer, log axis; {zero} neurons have gradient 0."
+    return describe(figure, alt, summary)
+
+
+def activation_gradient(neurons: pd.DataFrame) -> go.Figure:
+    """Mean |h| against weight-gradient norm, every neuron, log axes; a density of all under a sample."""
+    points = neurons[(neurons["act"] > 0) & (neurons["grad"] > 0)]
+    picked = stratified(points, MAP_SAMPLE)
+    figure = go.Figure()
+    if len(points) > len(picked):
+        figure.add_histogram2d(
+            x=np.log10(points["act"]),
+            y=np.log10(points["grad"]),
+            nbinsx=80,
+            nbinsy=80,
+            colorscale="Greys",
+            showscale=False,
+        )
+    for layer, rows in picked.groupby("layer"):
+        figure.add_scattergl(
+            x=np.log10(rows["act"]),
+            y=np.log10(rows["grad"]),
+            mode="markers",
+            name=f"layer {layer}",
+            marker={"size": 4, "opacity": 0.6, "color": PALETTE[int(layer) % len(PALETTE)]},
+            customdata=np.stack([rows["layer"], rows["neuron"]], 1),
+            hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<extra></extra>",
+        )
+    rank = float(points[["act", "grad"]].corr("spearman").iloc[0, 1])
+    figure.update_layout(title=f"Activation and gradient of every neuron (n = {len(points):,}, Spearman {rank:.2f})")
+    figure.update_xaxes(title="log10 mean |h|")
+    figure.update_yaxes(title="log10 gradient norm")
+    alt = f"Mean activation against weight-gradient norm of {len(points):,} neurons; rank correlation {rank:.2f}."
+    return describe(figure, alt, points[["layer", "neuron", "act", "grad"]], thumbnail=True)
+
+
+def stratified(table: pd.DataFrame, size: int, by: str = "layer", seed: int = 0) -> pd.DataFrame:
+    """At most `size` rows, the same share of every group."""
+    if len(table) <= size:
+        return table
+    return table.groupby(by).sample(frac=size / len(table), random_state=seed)
+
+
+def neuron_map(points: pd.DataFrame) -> go.Figure:
+    """The neurons at `x, y`, coloured by S_p, cluster or layer (buttons switch); `layer, neuron, sp, cluster, x, y`.
+
+    All points as a density picture underneath when there are more than 20,000, a stratified WebGL sample on top.
+    """
+    picked = stratified(points, MAP_SAMPLE)
+    span = float(np.abs(picked["sp"]).quantile(0.98)) or 1.0
+    colours: dict[str, dict[str, Any]] = {
+        "S_p": {"color": picked["sp"], "colorscale": DIVERGING, "cmin": -span, "cmax": span},
+        "cluster": {"color": picked["cluster"], "colorscale": _steps(int(picked["cluster"].max()) + 1)},
+        "layer": {"color": picked["layer"], "colorscale": _steps(int(picked["layer"].max()) + 1)},
+    }
+    figure = go.Figure()
+    if len(points) > len(picked):
+        figure.add_histogram2d(
+            x=points["x"], y=points["y"], nbinsx=120, nbinsy=120, colorscale="Greys", showscale=False
+        )
+    for name, marker in colours.items():
+        figure.add_scattergl(
+            x=picked["x"],
+            y=picked["y"],
+            mode="markers",
+            name=name,
+            visible=name == "S_p",
+            marker={"size": 5, "opacity": 0.85, "colorbar": {"title": {"text": name}}, **marker},
+            customdata=np.stack([picked["layer"], picked["neuron"], picked["cluster"], picked["sp"].round(3)], 1),
+            hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<br>cluster %{customdata[2]}, "
+            "S_p %{customdata[3]}<extra></extra>",
+        )
+    under = len(points) > len(picked)
+    buttons = [
+        {
+            "label": name,
+            "method": "restyle",
+            "args": [{"visible": [True] * under + [other == name for other in colours]}],
+        }
+        for name in colours
+    ]
+    figure.update_layout(
+        title=f"Map of the neurons (n = {len(points):,}, {len(picked):,} drawn)",
+        height=560,
+        showlegend=False,
+        updatemenus=[
+            {"type": "buttons", "direction": "right", "x": 1, "xanchor": "right", "y": 1.1, "buttons": buttons}
+        ],
+    )
+    figure.update_xaxes(showticklabels=False, title="UMAP 1")
+    figure.update_yaxes(showticklabels=False, title="UMAP 2")
+    alt = (
+        f"UMAP map of {len(points):,} neurons by their features, coloured by S_p; buttons switch to the "
+        f"{points['cluster'].nunique()} clusters or the {points['layer'].nunique()} layers."
+    )
+    return describe(figure, alt, points[["layer", "neuron", "sp", "cluster", "x", "y"]], thumbnail=True)
+
+
+def _steps(count: int) -> list[tuple[float, str]]:
+    """A colour scale of `count` flat steps from the palette."""
+    edges = np.linspace(0, 1, count + 1)
+    return [(float(e), PALETTE[i % len(PALETTE)]) for i in range(count) for e in edges[i : i + 2]]
+
+
+def ranking(scores: pd.DataFrame) -> go.Figure:
+    """S_p sorted within each layer: rank as a share of the layer against score."""
+    figure = go.Figure()
+    for layer, rows in scores.groupby("layer"):
+        line = np.sort(rows["sp"].to_numpy())[::-1]
+        figure.add_scatter(x=np.linspace(0, 1, len(line)), y=line, mode="lines", name=f"layer {layer}")
+    figure.update_layout(title="S_p, best neuron first")
+    figure.update_xaxes(title="share of the layer's neurons", tickformat=".0%")
+    figure.update_yaxes(title="S_p (z-units)")
+    best = scores.sort_values("sp", ascending=False)[["layer", "neuron", "sp"]]
+    alt = f"S_p sorted within each layer; it runs from {scores['sp'].max():.2f} down to {scores['sp'].min():.2f}."
+    return describe(figure, alt, best)
+
+
+def correlations(table: pd.DataFrame) -> go.Figure:
+    """Spearman correlation between the columns of a frame."""
+    corr = table.corr("spearman")
+    alt = "Rank correlations: " + ", ".join(f"S_p and {c} {corr.loc['sp', c]:.2f}" for c in corr if c != "sp") + "."
+    return _heat(corr, title="Rank correlation", unit="ρ", alt=alt, scale=DIVERGING, span=1.0, digits=".2f")
+
+
+def profiles(scores: pd.DataFrame, columns: Sequence[str]) -> go.Figure:
+    """Mean feature of every cluster as a diverging heat map; clusters largest first."""
+    table = scores.groupby("cluster")[list(columns)].mean().rename_axis(columns="feature")
+    sizes = scores["cluster"].value_counts()
+    table.index = pd.Index([f"{c} (n = {sizes[c]})" for c in table.index], name="cluster")
+    top = scores.groupby("cluster")["sp"].mean()
+    alt = (
+        f"Mean features of {len(table)} clusters; cluster {top.idxmax()} has the highest mean S_p ({top.max():.2f}), "
+        f"cluster {top.idxmin()} the lowest ({top.min():.2f})."
+    )
+    span = float(np.abs(table.to_numpy()).max()) or 1.0
+    return _heat(
+        table, title="What the clusters have in common", unit="z", alt=alt, scale=DIVERGING, span=span, digits=".2f"
+    )
+
+
+def expert_usage(shares: pd.DataFrame) -> go.Figure:
+    """Share of tokens on which each expert is on; index = layer, columns = expert."""
+    dead = int((shares.to_numpy() == 0).sum())
+    alt = (
+        f"Share of tokens per expert and layer, from {shares.to_numpy().min():.0%} to {shares.to_numpy().max():.0%}; "
+        f"{dead} experts are never used."
+    )
+    shares = shares.rename_axis(index="layer", columns="expert")
+    return _heat(shares, title="Who is called: share of tokens", unit="share", alt=alt, scale=SEQUENTIAL, digits=".2f")
+
+
+def delta_nll(table: pd.DataFrame) -> go.Figure:
+    """ΔNLL over active share, one line per method with its 95 % interval; `method, active, mean, low, high`."""
+    figure = go.Figure()
+    for name, rows in table.groupby("method", sort=False):
+        rows = rows.sort_values("active")
+        figure.add_scatter(
+            x=rows["active"],
+            y=rows["mean"],
+            mode="lines+markers",
+            name=html.escape(str(name)),
+            error_y={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "thickness": 1},
+        )
+    figure.update_layout(title="What is lost when only a part is active (95 % intervals)")
+    figure.update_xaxes(title="active FFN parameters", tickformat=".0%", tickvals=sorted(table["active"].unique()))
+    figure.update_yaxes(title="ΔNLL (nats per token, lower is better)", rangemode="tozero")
+    best = table.loc[table.groupby("active")["mean"].idxmin()]
+    alt = "Loss over active share; best: " + ", ".join(
+        f"{row.method} at {row.active:.0%} ({row.mean:+.3f})" for row in best.itertuples()
+    )
+    return describe(figure, alt + ".", table, thumbnail=True)
+
+
+def intervals(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """ΔNLL of several methods at one active share, as points with 95 % intervals; `method, mean, low, high`."""
+    alt = "ΔNLL, nats per token: " + ", ".join(f"{r.method} {r.mean:+.3f}" for r in table.itertuples()) + "."
+    rows = table.iloc[::-1]
+    figure = go.Figure(
+        go.Scatter(
+            x=rows["mean"],
+            y=rows["method"].map(lambda v: html.escape(str(v))),
+            mode="markers+text",
+            text=rows["mean"].map(lambda v: f"{v:+.3f}"),
+            textposition="top center",
+            marker={"size": 9, "color": ACCENT},
+            error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"]},
+        )
+    )
+    figure.update_layout(title=title, margin={"l": 200})
+    figure.update_xaxes(title="ΔNLL (nats per token, lower is better)", rangemode="tozero")
+    return describe(figure, alt, table, thumbnail=True)
+
+
+def text_cards(samples: Mapping[str, str]) -> str:
+    """HTML cards with a prompt in bold and the model's continuation; all text escaped."""
+    style = "border-left:3px solid var(--accent,#0b6e6e);margin:.6em 0;padding:.3em .9em;white-space:pre-wrap"
+    cards = [
+        f'<div style="{style}"><b>{html.escape(prompt)}</b>{html.escape(text.removeprefix(prompt))}</div>'
+        for prompt, text in samples.items()
+    ]
+    return "\n".join(cards)
+
+
+def corpus_sizes(texts: pd.DataFrame) -> go.Figure:
+    """Kilobytes of text per package and split; `texts` has `text, source, split`."""
+    size = texts["text"].str.encode("utf-8").str.len() / 1000
+    package = texts["source"].str.split("/").str[0]
+    table = size.groupby([package, texts["split"]]).sum().rename("kB").reset_index()
+    top = table.groupby("source")["kB"].sum().nlargest(8).index
+    table = table[table["source"].isin(top)]
+    total = size.groupby(texts["split"]).sum()
+    figure = go.Figure()
+    for name in ("train", "calibration", "heldout"):
+        rows = table[table["split"] == name]
+        figure.add_bar(y=rows["source"].map(html.escape), x=rows["kB"], name=name, orientation="h")
+    figure.update_layout(title="Corpus", barmode="stack", height=320)
+    figure.update_xaxes(title="kB of text")
+    alt = ", ".join(f"{name} {total.get(name, 0):,.0f} kB" for name in ("train", "calibration", "heldout"))
+    return describe(figure, f"Size of the corpus by package and split: {alt} in {len(texts):,} texts.", table)
+
+
+def bits_per_byte(bits: Mapping[str, float]) -> go.Figure:
+    """One bar per model: bits per byte on held-out text."""
+    table = pd.DataFrame({"model": list(bits), "bits per byte": list(bits.values())})
+    alt = "Bits per byte on held-out text: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()) + "."
+    return bars(table, "model", "bits per byte", title="Held-out text, lower is better", unit="bits per byte", alt=alt)
+
+
+def expert_means(partition: pd.DataFrame, scores: pd.DataFrame) -> go.Figure:
+    """Mean S_p of every expert, one row per layer; `layer, expert, neuron` and `layer, neuron, sp`."""
+    joined = partition.merge(scores[["layer", "neuron", "sp"]], on=["layer", "neuron"])
+    table = joined.groupby(["layer", "expert"])["sp"].mean().unstack()
+    span = float(np.abs(table.to_numpy()).max()) or 1.0
+    alt = f"Mean S_p of {table.shape[1]} experts in each of {table.shape[0]} layers, within ±{span:.2f}."
+    return _heat(table, title="Mean S_p of each expert", unit="S_p", alt=alt, scale=DIVERGING, span=span, digits=".1f")
+
+
+def quote(text: str) -> str:
+    """Text as an escaped HTML quotation for use in Markdown."""
+    return f"<blockquote>{html.escape(text).replace(chr(10), '<br>')}</blockquote>"

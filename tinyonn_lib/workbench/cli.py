@@ -1,0 +1,195 @@
+"""The command `tinyonn`: run phases, sweep, see where you are, build the reports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tinyonn_lib import __version__
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.workbench import params, runs
+from tinyonn_lib.workbench.phases import PHASES, ROOT, Phase, reports_root, runs_root
+
+SHARED = ("run", "base", "profile")
+"""Overrides that mean the same for every phase and so need no `phase.` in front."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 a clear error, 2 a wrong command line, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.do(args) or 0)
+    except BenchError as error:
+        print(f"tinyonn: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tinyonn: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinyonn",
+        description="Take a language model apart, neuron by neuron, and put it together again as small experts.",
+        epilog="Without a command: where you are and what to do next.",
+    )
+    parser.add_argument("--version", action="version", version=f"tinyonn {__version__}")
+    parser.set_defaults(do=_status, run="default")
+    commands = parser.add_subparsers(metavar="command")
+
+    def add(name: str, text: str, do: Any, epilog: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(do=do, phase=name)
+        return command
+
+    everything = add("all", "run every phase that is not up to date, then build the reports", _run)
+    each = [add(p.name, p.title, _run, _explain(p)) for p in PHASES.values()]
+    for command in (everything, *each):
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="parameters; profile=NAME adds an overlay"
+        )
+        command.add_argument("-m", "--multirun", action="store_true", help="sweep over values given as key=a,b,c")
+        command.add_argument("--force", action="store_true", help="run again what is up to date")
+    status = add("status", "where every phase of a run stands", _status)
+    status.add_argument("run", nargs="?", default="default", help="name of the run (default: default)")
+    add("report", "build missing reports and reports/index.html", _report)
+    add("lab", "open JupyterLab on the notebooks", _lab)
+    sync = add("sync", "write the notebooks' parameters cells from params/*.yaml", _sync)
+    sync.add_argument("--check", action="store_true", help="only say what has drifted; exit 1 if anything has")
+    return parser
+
+
+def _explain(phase: Phase) -> str:
+    notes = params.comments(phase)
+    rows = [f"  {key} = {value!r:<12}  {notes[key]}" for key, value in params.defaults(phase).items()]
+    return "parameters and defaults (params/" + phase.name + ".yaml):\n" + "\n".join(rows)
+
+
+def _run(args: argparse.Namespace) -> int:
+    jobs = params.expand(args.overrides) if args.multirun else [args.overrides]
+    plans = [_plan(args.phase, job, sweep=args.multirun) for job in jobs]  # all checked before the first one starts
+    for number, plan in enumerate(plans, 1):
+        if len(plans) > 1:
+            print(f"job {number} of {len(plans)}: run {plan[0][1]['run']}", flush=True)
+        _run_plan(plan, force=args.force)
+    return _report(args)
+
+
+Plan = list[tuple[Phase, dict[str, Any]]]
+
+
+def _plan(which: str, overrides: Sequence[str], sweep: bool) -> Plan:
+    """The phases of one job with their checked parameters."""
+    chosen = list(PHASES.values()) if which == "all" else [PHASES[which]]
+    shared = dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in SHARED and "=" in o)
+    own = [o for o in overrides if o.split("=", 1)[0] not in SHARED]
+    if sweep:
+        shared.setdefault("base", shared.get("run", "default"))
+        shared["run"] = ",".join([shared["base"], *own])
+    mine: dict[str, list[str]] = {phase.name: [] for phase in chosen}
+    for text in own:
+        head, _, rest = text.partition(".")
+        if head in mine and "=" in rest:
+            mine[head].append(rest)
+        elif which != "all":
+            mine[which].append(text)
+        else:
+            raise BenchError(
+                f"'{text}': say whose parameter it is, such as scan.tokens=1000 (phases: {', '.join(mine)})."
+            )
+    for_all = [f"{key}='{value}'" for key, value in shared.items() if key != "profile"]
+    plan = [(p, params.compose(p, [*mine[p.name], *for_all], shared.get("profile", ""))) for p in chosen]
+    read = {name for phase, values in plan for name in phase.reads(values)}
+    return [(p, v) for p, v in plan if which != "all" or p.inputs or p.name in read]
+
+
+def _run_plan(plan: Plan, force: bool) -> None:
+    from tinyonn_lib.workbench.execute import execute
+
+    run = plan[0][1]["run"]
+    (runs_root() / run).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(runs_root() / run / ".lock", timeout=0):
+            table = []
+            for phase, values in plan:
+                began = time.perf_counter()
+                if not force and runs.state(phase, values) == "done":
+                    said = "up to date"
+                else:
+                    print(f"{phase.number:02d} {phase.name}: {phase.title}", flush=True)
+                    execute(phase, values)
+                    said = "ran"
+                table.append((phase, said, time.perf_counter() - began, runs.find(phase.name, run, values["base"])))
+            _print_table(table)
+    except Timeout:
+        raise BenchError(
+            f"Another tinyonn is working on run '{run}': wait for it, or choose another folder with run=NAME."
+        ) from None
+
+
+def _print_table(table: Sequence[tuple[Phase, str, float, Any]]) -> None:
+    print(f"\n{'phase':<10} {'':<10} {'seconds':>8}  result")
+    for phase, said, seconds, hit in table:
+        headline = hit[1]["headline"]
+        print(f"{phase.name:<10} {said:<10} {seconds:>8.1f}  {headline['label']} {headline['value']}")
+    print(f"{'all':<10} {'':<10} {sum(row[2] for row in table):>8.1f}")
+
+
+def _status(args: argparse.Namespace) -> int:
+    names = runs.known_runs()
+    if args.run not in names and args.run != "default":
+        raise BenchError(f"There is no run '{args.run}'. Known: {', '.join(names) or 'none yet'}.")
+    print(f"run {args.run} in {runs.runs_root() / args.run}")
+    following = ""
+    for phase in PHASES.values():
+        values = {**params.defaults(phase), "run": args.run}
+        hit = runs.find(phase.name, args.run)
+        if hit:
+            values = {**hit[1]["params"], "run": args.run}
+        state = runs.state(phase, values)
+        headline = f"{hit[1]['headline']['label']} {hit[1]['headline']['value']}" if hit else phase.title
+        print(f"  {phase.number:02d} {phase.name:<10} {state:<10} {headline}")
+        following = following or (phase.name if state != "done" else "")
+    others = [n for n in names if n != args.run]
+    if others:
+        print(f"other runs: {', '.join(others)}")
+    suffix = "" if args.run == "default" else f" run={args.run}"
+    print(
+        f"next: `tinyonn {following}{suffix}`, or `tinyonn all{suffix}` for all that is left"
+        if following
+        else "everything is done: `tinyonn report` builds reports/index.html, `tinyonn lab` opens the notebooks"
+    )
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from tinyonn_lib.workbench.index import publish
+
+    print(f"reports: {publish(runs_root(), reports_root(), list(PHASES.values()))}")
+    return 0
+
+
+def _lab(args: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(ROOT)]
+    return subprocess.call(command, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+
+
+def _sync(args: argparse.Namespace) -> int:
+    drifted = params.sync(check=args.check)
+    verb = "differ from" if args.check else "written from"
+    print(f"parameters cells {verb} params/: {', '.join(drifted) or 'none'}")
+    return 1 if args.check and drifted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

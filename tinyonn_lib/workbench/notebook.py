@@ -1,0 +1,80 @@
+"""What the second cell of every notebook calls."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.workbench.params import validate
+from tinyonn_lib.workbench.phases import PHASES, Params
+from tinyonn_lib.workbench.runs import Run, open_run
+
+
+def start(phase: str, namespace: Mapping[str, Any]) -> tuple[Any, Run]:
+    """Check the parameters that the cells above set and open the run folder.
+
+    Parameters
+    ----------
+    phase
+        Name of the phase, such as `"scan"`.
+    namespace
+        The notebook's `globals()`.
+
+    Returns
+    -------
+    The parameters as a frozen object (`p.tokens`) and the `Run`.
+    """
+    chosen = PHASES[phase]
+    values = assigned([str(source) for source in namespace.get("In", [])])
+    if not values:  # not under IPython, as in a test: take what has a parameter's name
+        values = {name: namespace[name] for name in chosen.schema.model_fields if name in namespace}
+    params: Params = validate(chosen, values)
+    _quiet()
+    return params, open_run(chosen, params)
+
+
+def assigned(sources: list[str]) -> dict[str, Any]:
+    """Names and values set by cells that hold nothing but `name = constant`: the parameters and what was injected.
+
+    papermill only warns about a name that no parameter has, and then runs with the default; this finds it. It also
+    keeps a parameter safe from an import of the same name further down.
+    """
+    found: dict[str, Any] = {}
+    for source in sources:
+        try:
+            body = ast.parse(source).body
+        except SyntaxError:
+            continue
+        cell: dict[str, Any] = {}
+        for node in body:
+            if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _constant(node.value)):
+                break
+            cell[node.targets[0].id] = eval(ast.unparse(node.value), {"__builtins__": {}})
+        else:
+            found |= cell
+    return found
+
+
+def _constant(node: ast.expr) -> bool:
+    """Literals and arithmetic on them: `3`, `-1.0`, `2 * 10**5`, `["a"]`; nothing that could look up a name."""
+    allowed = (ast.Constant, ast.UnaryOp, ast.BinOp, ast.operator, ast.unaryop, ast.List, ast.Tuple, ast.Load)
+    return all(isinstance(part, allowed) for part in ast.walk(node))
+
+
+def _quiet() -> None:
+    """Libraries' own bars and notes belong to their users' terminals, not into a report."""
+    import os
+
+    for name, value in {
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "true",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+__all__ = ["BenchError", "assigned", "start"]

@@ -1,0 +1,176 @@
+"""The table of phases: what each asks, what it reads, and which parameters it takes.
+
+A phase is one notebook. Adding one is a notebook, a `params/<name>.yaml` and an entry in `PHASES`
+(docs/add_a_phase.md). Defaults live in the YAML alone; the models here hold types and bounds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout: where `notebooks/` and `params/` are."""
+
+
+def home() -> Path:
+    """Where `runs/` and `reports/` go: `TINYONN_HOME`, else the checkout."""
+    return Path(os.environ.get("TINYONN_HOME") or ROOT)
+
+
+def runs_root() -> Path:
+    return home() / "runs"
+
+
+def reports_root() -> Path:
+    return home() / "reports"
+
+
+# A run is a folder name: no separators, nothing hidden.
+RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,=-]{0,199}$")]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _fractions(text: str) -> str:
+    try:
+        good = all(0 < float(part) <= 1 for part in text.split())
+    except ValueError:
+        good = False
+    if not text.split() or not good:
+        raise ValueError("expected numbers in (0, 1], separated by blanks")
+    return text
+
+
+Fractions = Annotated[str, AfterValidator(_fractions)]
+"""Several fractions in one flat value, such as `0.25 0.5 0.75`."""
+
+
+class Params(BaseModel):
+    """What every phase takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    run: RunName
+    base: RunName | Literal[""]
+
+
+class Pretrain(Params):
+    texts: str
+    corpus_packages: str
+    calibration: Fraction
+    heldout: Fraction
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)]
+    width: Annotated[int, Field(ge=16, multiple_of=2)]
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Annotated[int, Field(ge=8, multiple_of=2)]
+    ffn: Annotated[int, Field(ge=16)]
+    student_width: Annotated[int, Field(ge=16, multiple_of=2)]
+    student_layers: Count
+    student_ffn: Annotated[int, Field(ge=16)]
+    tokens: Count
+    student_tokens: Count
+    seconds: Annotated[float, Field(ge=0)]
+    batch: Count
+    length: Annotated[int, Field(ge=8)]
+    lr_matrix: Positive
+    lr_other: Positive
+    ngram_order: Annotated[int, Field(ge=1, le=6)]
+    prompts: str
+    seed: Seed
+
+
+class Scan(Params):
+    model: str
+    texts: str
+    dtype: Literal["float32", "bfloat16", "nf4"]
+    device: str
+    tokens: Count
+    batch: Literal[1]
+    length: Annotated[int, Field(ge=8)]
+    rho: Fraction
+    redis_url: str
+    flush_seconds: Positive
+    seed: Seed
+
+
+class Cluster(Params):
+    w_act: Annotated[float, Field(ge=-10, le=10)]
+    w_grad: Annotated[float, Field(ge=-10, le=10)]
+    w_freq: Annotated[float, Field(ge=-10, le=10)]
+    scope: Literal["layer", "global"]
+    clusters: Annotated[int, Field(ge=2)]
+    neighbours: Annotated[int, Field(ge=2)]
+    min_dist: Annotated[float, Field(ge=0, le=1)]
+    seed: Seed
+
+
+class Experts(Params):
+    experts: Annotated[int, Field(ge=2)]
+    active: Fractions
+    eval_tokens: Count
+    length: Annotated[int, Field(ge=8)]
+    seeds: Count
+    seed: Seed
+
+
+class Router(Params):
+    active: Fraction
+    partition: Literal["sp", "random"]
+    warm_tokens: Count
+    tokens: Count
+    batch: Count
+    length: Annotated[int, Field(ge=8)]
+    lr_warm: Positive
+    lr: Positive
+    eval_tokens: Count
+    seed: Seed
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One notebook: its place in the story and what it hands over."""
+
+    name: str
+    number: int
+    title: str
+    inputs: tuple[str, ...]
+    schema: type[Params]
+
+    @property
+    def notebook(self) -> Path:
+        return ROOT / "notebooks" / f"{self.number:02d}_{self.name}.ipynb"
+
+    def reads(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """The inputs with these parameters: a model and texts of one's own replace the pretrained ones."""
+        own = values.get("model") and values.get("texts")
+        return tuple(name for name in self.inputs if not (own and name == "pretrain"))
+
+    @property
+    def params_file(self) -> Path:
+        return ROOT / "params" / f"{self.name}.yaml"
+
+    def upstream(self) -> set[str]:
+        """Every phase that this one stands on, directly or not."""
+        return {name for parent in self.inputs for name in (parent, *PHASES[parent].upstream())}
+
+
+PHASES: dict[str, Phase] = {
+    phase.name: phase
+    for phase in (
+        Phase("pretrain", 1, "Can two cores grow a language model worth taking apart?", (), Pretrain),
+        Phase("scan", 2, "What does every neuron do?", ("pretrain",), Scan),
+        Phase("cluster", 3, "Which neurons belong together?", ("scan",), Cluster),
+        Phase("experts", 4, "Do the experts still add up to the model?", ("scan", "cluster"), Experts),
+        Phase("router", 5, "Does a trained router earn its keep?", ("scan", "experts"), Router),
+    )
+}

@@ -1,0 +1,57 @@
+"""Progress: a tqdm bar in JupyterLab, sparse lines in batch.
+
+`tqdm.auto` would leave a dead widget in a notebook that runs in batch, and a plain bar one line per update.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+
+def reporter(what: str, unit: str, every: float = 10.0) -> Callable[[int, int, str], None]:
+    """`report(done, total, note)` for one piece of work; in batch a line each `every` seconds and one at the end."""
+    if os.environ.get("TINYONN_BATCH") or not _in_notebook():
+        return _lines(what, unit, every)
+    return _bar(what, unit)
+
+
+def _in_notebook() -> bool:
+    try:
+        from IPython import get_ipython  # type: ignore[attr-defined]
+    except ImportError:
+        return False
+    shell = get_ipython()
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _lines(what: str, unit: str, every: float) -> Callable[[int, int, str], None]:
+    began = last = time.monotonic()
+
+    def report(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < every:
+            return
+        last = now
+        left = (now - began) * (total - done) / max(done, 1)
+        tail = f", {left:.0f} s left" if done < total else f" in {now - began:.0f} s"
+        print(f"  {what}: {done:,} of {total:,} {unit}{tail}" + (f", {note}" if note else ""), flush=True)
+
+    return report
+
+
+def _bar(what: str, unit: str) -> Callable[[int, int, str], None]:
+    from tqdm.auto import tqdm
+
+    bar = tqdm(desc=what, unit=unit, total=0)
+
+    def report(done: int, total: int, note: str = "") -> None:
+        bar.total = total
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return report

@@ -1,0 +1,288 @@
+"""Run folders: `runs/<run>/<phase>/` with artefacts and, written last and atomically, `manifest.json`.
+
+A phase is *done* when its manifest exists and matches: same parameters, same inputs, outputs untouched.
+Phases hand over by files only; a file is looked at again (sha256) before the next phase reads it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.workbench import progress
+from tinyonn_lib.workbench.params import changed
+from tinyonn_lib.workbench.phases import PHASES, Params, Phase, runs_root
+
+MANIFEST = "manifest.json"
+PENDING = ".manifest.json"
+NOT_OUTPUTS = {MANIFEST, "notebook.ipynb", "report.html"}
+PLACE = ("run", "base")  # parameters that say where a phase lives, not what it computes
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "umap-learn", "plotly")
+
+State = Literal["done", "stale", "unfinished", "not run"]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: object) -> str:
+    """A short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Atomically: a reader sees the old file or the new one, never half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    part.replace(path)
+
+
+def folder_of(run: str, phase: str) -> Path:
+    return runs_root() / run / phase
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest if isinstance(manifest, dict) and "digest" in manifest else None
+
+
+def find(phase: str, run: str, base: str = "") -> tuple[Path, dict[str, Any]] | None:
+    """The finished phase that a run sees: its own, else its base run's."""
+    for name in filter(None, (run, base)):
+        manifest = read_manifest(folder_of(name, phase))
+        if manifest:
+            return folder_of(name, phase), manifest
+    return None
+
+
+def input_digests(phase: Phase, values: Mapping[str, Any]) -> dict[str, str]:
+    """`{input phase: digest of its manifest}` for a run.
+
+    Raises
+    ------
+    BenchError
+        An input is not there, or was itself made from something that has changed since; it says what to run.
+    """
+    run, found = str(values["run"]), {}
+    for name in phase.reads(values):
+        where = f"`tinyonn {name}{'' if run == 'default' else f' run={run}'}` first, or `tinyonn all`"
+        hit = find(name, run, values["base"])
+        if hit is None:
+            raise BenchError(f"{phase.name} needs {name}, which is not finished in run '{run}': {where}.")
+        manifest = hit[1]
+        if (
+            input_digests(PHASES[name], {**manifest["params"], "run": run, "base": values["base"]})
+            != manifest["inputs"]
+        ):
+            raise BenchError(f"{phase.name} needs {name}, whose own inputs have changed since: {where}.")
+        found[name] = str(manifest["digest"])
+    return found
+
+
+def _science(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in PLACE}
+
+
+def _intact(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Outputs there, of the recorded size, and, if touched since, of the recorded hash."""
+    sealed = (folder / MANIFEST).stat().st_mtime_ns
+    for name, entry in manifest["outputs"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        if path.stat().st_mtime_ns > sealed and sha256(path) != entry["sha256"]:
+            return False
+    return True
+
+
+def state(phase: Phase, values: Mapping[str, Any], *, exactly: bool = True) -> State:
+    """Where a phase stands in the run that `values` name; `exactly` also compares the other parameters."""
+    folder = folder_of(values["run"], phase.name)
+    hit = find(phase.name, values["run"], values["base"])
+    if hit is None:
+        return "unfinished" if (folder / "notebook.ipynb").exists() else "not run"
+    place, manifest = hit
+    try:
+        inputs = input_digests(phase, values)
+    except BenchError:
+        return "stale"
+    same = not exactly or _science(manifest["params"]) == _science(values)
+    return "done" if same and manifest["inputs"] == inputs and _intact(place, manifest) else "stale"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+
+
+def seal(folder: Path) -> None:
+    """Turn the pending manifest into the manifest; from here on the phase is done."""
+    (folder / PENDING).replace(folder / MANIFEST)
+    shutil.rmtree(folder / ".resume", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One phase at work in its folder; made by `tinyonn_lib.workbench.start`."""
+
+    phase: Phase
+    params: Params
+    folder: Path
+    inputs: dict[str, str]
+    lock: FileLock
+    began: float
+
+    @property
+    def resume(self) -> Path:
+        """A private folder for checkpoints; its name holds parameters and inputs, so nothing foreign is resumed."""
+        path = self.folder / ".resume" / digest([_science(self.params.model_dump()), self.inputs])
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def path(self, name: str) -> Path:
+        """Where to write an artefact of this phase."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def input(self, phase: str, name: str) -> Path:
+        """An artefact of an earlier phase, file or folder, its hash checked against that phase's manifest."""
+        hit = find(phase, self.params.run, self.params.base)
+        if hit is None or phase not in self.phase.upstream():
+            raise BenchError(f"{self.phase.name} cannot read {phase}: not one of its inputs, or not finished.")
+        folder, manifest = hit
+        files = {f: e for f, e in manifest["outputs"].items() if f == name or f.startswith(name + "/")}
+        if not files:
+            raise BenchError(f"{phase} left no '{name}': run `tinyonn {phase}` again.")
+        for file, entry in files.items():
+            if not (folder / file).is_file() or sha256(folder / file) != entry["sha256"]:
+                raise BenchError(
+                    f"{phase}/{file} is not what {phase} wrote (missing or damaged): run `tinyonn {phase}` again."
+                )
+        return folder / name
+
+    def model(self) -> str:
+        """The dense model this run is about: a hub id or folder given to scan, else the one pretrain made."""
+        scanned = find("scan", self.params.run, self.params.base)
+        own = self.params.model_dump().get("model") or (scanned and scanned[1]["params"]["model"])
+        return str(own or self.input("pretrain", "model"))
+
+    def need_space(self, size: int) -> None:
+        """Refuse before a large artefact is begun; `size` in bytes."""
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise BenchError(
+                f"{self.phase.name} needs {size / 1e6:.0f} MB on disk and {free / 1e6:.0f} MB are free: make room "
+                f"or set TINYONN_HOME to another disk, then run `tinyonn {self.phase.name}` again; nothing is lost."
+            )
+
+    def progress(self, what: str, unit: str = "it") -> Callable[[int, int, str], None]:
+        """`report(done, total, note)`: a bar in JupyterLab, sparse lines in batch."""
+        return progress.reporter(what, unit)
+
+    def finish(self, metrics: Mapping[str, float | int | str], headline: tuple[str, str]) -> None:
+        """Hash the artefacts and write the manifest; `headline` is (label, value) for the index card."""
+        files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
+        names = [p.relative_to(self.folder).as_posix() for p in files]
+        outputs = {n: n for n in names if not n.startswith(".") and n not in NOT_OUTPUTS}
+        entries = {n: {"sha256": sha256(self.folder / n), "bytes": (self.folder / n).stat().st_size} for n in outputs}
+        values = self.params.model_dump()
+        manifest = {
+            "phase": self.phase.name,
+            "run": self.params.run,
+            "params": values,
+            "changed": changed(self.phase, values),
+            "inputs": self.inputs,
+            "outputs": entries,
+            "metrics": dict(metrics),
+            "headline": {"label": headline[0], "value": headline[1]},
+            "versions": versions(),
+            "device": device(),
+            "seconds": round(time.time() - self.began, 2),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            # What later phases depend on: what was asked and what came out, not when or how fast.
+            "digest": digest([_science(values), self.inputs, {n: e["sha256"] for n, e in entries.items()}]),
+        }
+        write_json(self.folder / PENDING, manifest)
+        # In batch the command line seals, once the executed notebook and the report are on disk, too.
+        if os.environ.get("TINYONN_BATCH") != self.phase.name:
+            seal(self.folder)
+        self.lock.release()
+
+
+_open: dict[Path, FileLock] = {}
+
+
+def open_run(phase: Phase, params: Params, patience: float = 15.0) -> Run:
+    """Take the phase's folder: lock it, check its inputs, and drop the manifest that will be replaced.
+
+    `patience` (seconds) lets the kernel of a killed command notice that its parent is gone.
+    """
+    folder = folder_of(params.run, phase.name)
+    inputs = input_digests(phase, params.model_dump())
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _open.setdefault(folder, FileLock(folder / ".lock"))
+    if not lock.is_locked:
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            raise BenchError(
+                f"Another process is working on runs/{params.run}/{phase.name}: wait for it, shut down its kernel, "
+                f"or choose another folder with run=NAME."
+            ) from None
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / PENDING).unlink(missing_ok=True)
+    run = Run(phase, params, folder, inputs, lock, time.time())
+    _drop_leftovers(run)
+    return run
+
+
+def _drop_leftovers(run: Run) -> None:
+    """Remove what an earlier call left, except the checkpoints that this one continues from."""
+    keep = {run.resume.parent.name, ".lock", "notebook.ipynb", "report.html"}
+    for path in run.folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in run.resume.parent.iterdir():
+        if path != run.resume:
+            shutil.rmtree(path)
+
+
+def known_runs() -> list[str]:
+    """Names of the runs on disk, oldest first."""
+    root = runs_root()
+    folders = (
+        [p for p in root.iterdir() if p.is_dir() and any((p / n).is_dir() for n in PHASES)] if root.is_dir() else []
+    )
+    return [p.name for p in sorted(folders, key=lambda p: p.stat().st_ctime)]
