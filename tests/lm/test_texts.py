@@ -79,6 +79,7 @@ def hostile(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "number": (write(tmp_path / "n.jsonl", [{"text": 5}]), "holds int, not text"),
         "scalar": (tmp_path / "s.jsonl", "not a record"),
         "ending": (tmp_path / "x.xlsx", "must end in"),
+        "deep": (tmp_path / "deep.jsonl", "nested too deep"),
         "folder": (tmp_path / "hollow", "holds no"),
     }
     files["empty"][0].write_bytes(b"")
@@ -88,6 +89,7 @@ def hostile(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     files["cut json"][0].write_text('[{"text": "a"}, ')
     files["latin"][0].write_bytes(b"caf\xe9")
     files["latin lines"][0].write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    files["deep"][0].write_text("[" * 100_000)
     files["scalar"][0].write_text("5\n")
     files["ending"][0].write_bytes(b"x")
     files["folder"][0].mkdir()
@@ -110,6 +112,11 @@ def test_hub_without_network_fails_fast_and_names_the_way(offline: bool, monkeyp
     with pytest.raises(BenchError, match="hf download --repo-type dataset HuggingFaceH4/ultrachat_200k"):
         load_texts("HuggingFaceH4/ultrachat_200k")
     assert time.monotonic() - began < 6
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n')
+    assert load_texts(str(tmp_path / "a.jsonl"))["text"].tolist() == ["a ? b"]
 
 
 def test_bad_limit(tmp_path: Path) -> None:

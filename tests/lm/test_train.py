@@ -42,7 +42,7 @@ def test_learns_and_reports() -> None:
     seen: list[tuple[int, int, str]] = []
     timing: dict[str, float] = {}
     history = fit(model, loss, batch, optimizers(model), steps=60, warmup_steps=5, timing=timing,
-                  progress=lambda done, total, note: seen.append((done, total, note)))  # fmt: skip
+                  progress=lambda *news: seen.append(news))  # fmt: skip
     assert list(history.columns) == ["step", "tokens", "loss", "lr", "grad_norm", "spike"]
     assert history["step"].tolist() == list(range(1, 61))
     assert history["tokens"].iloc[-1] == 60 * 12 * 8
@@ -66,11 +66,11 @@ def bounded(model: nn.Module, part: tuple[Tensor, Tensor]) -> Tensor:
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shards_give_the_gradient_of_the_whole_batch(shards: int) -> None:
     results = []
+    x = torch.randn(7, 4, dtype=torch.float64)  # 7 rows: uneven shards
     for count in (1, shards):
         torch.manual_seed(0)
         model = nn.Linear(4, 3).double()
-        x = torch.randn(7, 4, dtype=torch.float64)  # 7 rows: uneven shards
-        history = fit(model, partial(bounded, model), lambda step, x=x: (x, x),
+        history = fit(model, partial(bounded, model), lambda step: (x, x),
                       torch.optim.SGD(model.parameters(), lr=0.5), steps=5, shards=count)  # fmt: skip
         results.append((model.weight.detach(), history))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-14)

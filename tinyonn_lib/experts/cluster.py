@@ -21,8 +21,8 @@ def kmeans(points: Points, clusters: int, seed: int) -> NDArray[np.int64]:
 def balanced_kmeans(points: Points, clusters: int, seed: int, rounds: int = 10) -> NDArray[np.int64]:
     """Clusters of equal size, `(n, d) → (n,)`; n must be a multiple of `clusters`.
 
-    Lloyd iterations whose assignment step is greedy by margin: who loses most by not getting the nearest
-    centre chooses first. Instant where an exact assignment takes seconds; see docs on partitions.
+    Lloyd iterations with `assign_balanced` for the assignment step: fractions of a second where an exact assignment
+    takes many (PEERS: 17 to 38 s for 7,000 points in 100 clusters).
     """
     from sklearn.cluster import kmeans_plusplus
 
@@ -43,12 +43,14 @@ def balanced_kmeans(points: Points, clusters: int, seed: int, rounds: int = 10) 
 
 
 def assign_balanced(cost: Points, capacity: int) -> NDArray[np.int64]:
-    """Give each row a column, at most `capacity` rows a column, `(n, k) → (n,)`.
+    """Give each row a column, exactly `capacity` rows a column, `(n, k) → (n,)`, at little more than least cost.
 
-    Repeated rounds: every free row bids for its cheapest open column; a column keeps the bids with the largest
-    regret (second-cheapest minus cheapest). Ends after at most k rounds.
+    First a price per column at which demand meets capacity, by entropic transport (Cuturi 2013, arXiv:1306.0895);
+    then, at these prices, rounds of bids: every free row bids for its cheapest open column, and a column keeps the
+    bids with the largest regret (second-cheapest minus cheapest). Ends after at most k rounds.
     """
     n, k = cost.shape
+    cost = cost + _prices(cost, capacity)
     labels = np.full(n, -1, np.int64)
     room = np.full(k, capacity)
     free = np.arange(n)
@@ -68,6 +70,17 @@ def assign_balanced(cost: Points, capacity: int) -> NDArray[np.int64]:
         room -= np.bincount(labels[free[taken]], minlength=k)
         free = free[labels[free] < 0]
     return labels
+
+
+def _prices(cost: Points, capacity: int, sharpness: float = 0.05, rounds: int = 60) -> Points:
+    """What each column must charge so that about `capacity` rows prefer it, `(n, k) → (k,)`."""
+    from scipy.special import softmax
+
+    blur = sharpness * float(cost.std()) or 1.0
+    prices = np.zeros(cost.shape[1])
+    for _ in range(rounds):
+        prices += blur * np.log(softmax(-(cost + prices) / blur, axis=1).sum(0) / capacity + 1e-12)
+    return prices
 
 
 def umap_map(points: Points, seed: int, neighbours: int = 15, min_dist: float = 0.1) -> pd.DataFrame:

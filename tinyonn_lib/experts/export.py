@@ -25,6 +25,9 @@ from tinyonn_lib.experts.partition import Partition
 FAMILIES: dict[str, tuple[str, str]] = {"qwen3": ("qwen3_moe", "Qwen3MoeForCausalLM")}
 """Dense model type → (MoE model type, class). Adding a family: a line here and, if its keys differ, a branch below."""
 
+WIDTH_STEP = 8
+"""Rows of 16 bytes in bfloat16, which `grouped_mm`, the default way to run experts, requires."""
+
 
 def target_config(dense: Any, partition: Partition, k: int) -> Any:
     """The MoE configuration: the dense one's own fields plus the experts' shape.
@@ -39,6 +42,11 @@ def target_config(dense: Any, partition: Partition, k: int) -> Any:
     if dense.model_type not in FAMILIES:
         raise BenchError(
             f"No standard MoE checkpoint continues a '{dense.model_type}' model; exportable: {', '.join(FAMILIES)}."
+        )
+    if partition.size % WIDTH_STEP:
+        raise BenchError(
+            f"{partition.count} experts of {partition.size} neurons: transformers' grouped kernels need a multiple of "
+            f"{WIDTH_STEP}; choose a number of experts that divides d_ffn into such parts."
         )
     kind, architecture = FAMILIES[dense.model_type]
     known = AutoConfig.for_model(kind)

@@ -185,6 +185,7 @@ def split(texts: pd.DataFrame, seed: int, calibration: float = 0.03, heldout: fl
         raise BenchError(f"Shares must lie in (0, 0.5), got calibration={calibration}, heldout={heldout}.")
     if missing := {"text", "source"} - set(texts.columns):
         raise BenchError(f"split needs the columns text and source; missing: {', '.join(sorted(missing))}.")
+    texts = texts.reset_index(drop=True)
     sizes = texts["text"].str.len().groupby(texts["source"]).sum()
     if len(sizes) < 3:
         raise BenchError(f"Only {len(sizes)} source(s) of text: train, calibration and held-out need one each.")

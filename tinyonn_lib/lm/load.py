@@ -21,7 +21,7 @@ NF4_BLOCK = 64  # weights per scale in bitsandbytes' default block
 
 
 def load_model(path_or_id: str, dtype: Dtype = "float32", device: str = "auto") -> PreTrainedModel:
-    """Load any causal language model for reading: eval mode, no remote code, every weight accounted for.
+    """Load any causal language model for reading: eval mode, no remote code, all weights there, safetensors only.
 
     Args:
         path_or_id: a Hugging Face folder, or a hub id.
@@ -44,7 +44,9 @@ def load_model(path_or_id: str, dtype: Dtype = "float32", device: str = "auto") 
     else:
         options |= {"dtype": getattr(torch, dtype)}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, output_loading_info=True, use_safetensors=True, **options
+        )
         model, info = loaded
     except BenchError:
         raise

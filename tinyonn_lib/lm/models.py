@@ -137,7 +137,11 @@ def ffns(model: nn.Module) -> list[FFN]:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Architecture, parameters, layers, d_model, neurons (all layers), dtype and device of a model, for a table."""
+    """Architecture, parameters, layers, d_model, neurons (all layers), dtype and device of a model, for a table.
+
+    Raises:
+        BenchError: a model without dense gated FFNs, as in `ffns`.
+    """
     parts = ffns(model)
     linears = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
     packed = {key: m.in_features * m.out_features for key, m in linears.items() if m.weight.dtype == torch.uint8}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.judge import bits_per_byte, sample
+from tinyonn_lib.lm.threads import default_shards
 from tinyonn_lib.lm.train import Progress, Schedule, fit
 
 if TYPE_CHECKING:
@@ -109,14 +109,6 @@ def pretrain(
     finally:
         model.eval()
         model.set_attn_implementation(attention)
-
-
-def default_shards(device: torch.device) -> int:
-    """Threads for `train.fit`: one per core that this process may use, at most four; 1 on a GPU."""
-    if device.type != "cpu":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores))
 
 
 def _check(blocks: Tensor, model: PreTrainedModel, tokens: int, seconds: float | None, batch: int) -> None:

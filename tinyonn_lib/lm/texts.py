@@ -45,7 +45,8 @@ def load_texts(source: str, limit: int | None = None, column: str = "text") -> p
         raise BenchError(f"limit is {limit}: give at least 1, or null for all texts.")
     path = hub.local_path(source, "dataset")
     rows = _hub_rows(source) if path is None else _local_rows(path)
-    texts = ((_text(record, column, where), where) for record, where in rows)
+    # JSON can hold half a surrogate pair, which no tokenizer takes.
+    texts = ((_text(record, column, where).encode("utf-8", "replace").decode(), where) for record, where in rows)
     filled = ((text, where) for text, where in texts if text.strip())
     table = pd.DataFrame(list(itertools.islice(filled, limit)), columns=["text", "source"])
     if table.empty:
@@ -84,6 +85,8 @@ def _file_rows(path: Path, name: str) -> Iterator[Row]:
         raise BenchError(f"{name} is not UTF-8 ({error.reason} near byte {error.start}): convert it first.") from error
     except PermissionError as error:
         raise BenchError(f"{name} may not be read: check its permissions.") from error
+    except RecursionError as error:
+        raise BenchError(f"{name} holds JSON nested too deep to be records of text.") from error
 
 
 def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import resume
+from tinyonn_lib.lm.threads import threads
 
 Schedule = Literal["trapezoidal", "cosine", "constant"]
 Progress = Callable[[int, int, str], None]
@@ -110,27 +110,19 @@ def fit(
             start, history = found
     pending: list[tuple[int, int, Tensor, float, Tensor]] = []
     tokens_before = tokens = int(history["tokens"][-1]) if start else 0
-    threads = torch.get_num_threads()
     began = saved = shown = time.monotonic()
-    pool = ThreadPoolExecutor(shards) if shards > 1 else None
-    try:
-        if pool is not None:
-            torch.set_num_threads(1)
+    with threads(shards) as each:
         for step in range(start, steps):
             factor = lr_factor(step, steps, schedule, warmup_steps, decay_share, final_lr)
             for opt, own in zip(opts, peaks, strict=True):
                 for group, peak in zip(opt.param_groups, own, strict=True):
                     group["lr"] = peak * factor
             data = batch(step)
-            loss, grads = _gradients(loss_fn, data, params, shards, pool)
+            loss, grads = _gradients(loss_fn, data, params, shards, each)
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
             norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
-            if pool is not None and len(opts) > 1:
-                list(pool.map(lambda opt: opt.step(), opts))
-            else:
-                for opt in opts:
-                    opt.step()
+            each(lambda opt: opt.step(), opts)
             tokens += resume.tensors_in(data)[0].numel()
             pending.append((step + 1, tokens, loss, peaks[0][0] * factor, norm))
             now, last = time.monotonic(), step + 1 == steps
@@ -143,12 +135,8 @@ def fit(
             if progress is not None and (last or now - shown >= 0.2):
                 progress(step + 1, steps, f"loss {history['loss'][-1]:.3f}" if history["loss"] else "")
                 shown = now
-    finally:
-        if pool is not None:
-            pool.shutdown()
-            torch.set_num_threads(threads)
-        for param in params:
-            param.grad = None
+    for param in params:
+        param.grad = None
     if timing is not None:
         seconds = time.monotonic() - began
         rate = (tokens - tokens_before) / seconds if seconds > 0 else 0.0
@@ -177,7 +165,7 @@ def _gradients(
     data: Any,
     params: Sequence[Tensor],
     shards: int,
-    pool: ThreadPoolExecutor | None,
+    each: Callable[..., list[Any]],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Mean loss and its gradients. Not `.backward()`: threads would race for the same `.grad`."""
 
@@ -185,11 +173,11 @@ def _gradients(
         loss = loss_fn(part)
         return loss.detach(), list(torch.autograd.grad(loss, params, allow_unused=True))
 
-    if pool is None:
+    if shards == 1:
         return one(data)
     parts = [part for part in (_part(data, place, shards) for place in range(shards)) if _rows(part)]
     rows = [_rows(part) for part in parts]
-    results = list(pool.map(one, parts))
+    results = each(one, parts)
     total_loss, total = results[0][0] * (rows[0] / sum(rows)), results[0][1]
     total = [None if grad is None else grad * (rows[0] / sum(rows)) for grad in total]
     for (loss, grads), count in zip(results[1:], rows[1:], strict=True):

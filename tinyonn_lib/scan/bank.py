@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyonn_lib.scan.statistics import STATISTICS
+from tinyonn_lib.scan.statistics import COUNTERS, STATISTICS
 
 # Rows of the scratch buffer: four forward sums, saliency, and the *squared* norms of gate, up, down.
 FORWARD_ROWS = 4
@@ -64,6 +64,30 @@ class Bank:
         self.sample.zero_()
 
 
+class Counts:
+    """Tokens and samples per layer: whole numbers on the host, and device tensors where a mask decides."""
+
+    def __init__(self, layers: int) -> None:
+        self.host = np.zeros((layers, len(COUNTERS)))
+        self._masked: dict[tuple[int, int], Tensor] = {}
+
+    def add(self, row: int, column: int, parts: list[int | Tensor]) -> None:
+        """Add to counter `column` (order of `COUNTERS`) of layer `row`, without waiting for the device."""
+        for part in parts:
+            if isinstance(part, Tensor):
+                before = self._masked.get((row, column))
+                self._masked[row, column] = part if before is None else before + part
+            else:
+                self.host[row, column] += part
+
+    def array(self) -> np.ndarray:
+        """float64 (layers, counters); waits for the device."""
+        counts = self.host.copy()
+        for place, value in self._masked.items():
+            counts[place] += float(value)
+        return counts
+
+
 def forward_sums(h: Tensor, top: int, mask: Tensor | None, into: Tensor) -> None:
     """Add the four forward sums of one call to `into`.
 
@@ -80,7 +104,8 @@ def forward_sums(h: Tensor, top: int, mask: Tensor | None, into: Tensor) -> None
     into[0] += size.sum(0)
     into[1] += h.sum(0)
     into[2] += (h * h).sum(0)
-    into[3] += (size >= _kth_largest(size, top)).sum(0)
+    # In place and as floats: a bool sum is five times slower, and whole numbers up to 2^24 are exact.
+    into[3] += size.ge_(_kth_largest(size, top)).sum(0)
 
 
 def saliency_sums(h: Tensor, dh: Tensor, mask: Tensor | None, into: Tensor) -> None:
@@ -95,8 +120,10 @@ def _kth_largest(size: Tensor, k: int) -> Tensor:
     """(tokens, 1): the k-th largest of each row, never below the smallest normal number."""
     place = size.shape[1] - k
     if size.device.type == "cpu":
-        # numpy's vectorised partition is five times faster than torch.kthvalue on a CPU.
-        values = torch.from_numpy(np.partition(size.numpy(), place, axis=1)[:, place : place + 1])
+        # numpy's vectorised partition is ten times faster than torch.kthvalue on a CPU. Floats that are not
+        # negative order like their bits, and integers spare numpy the care for NaN (which lands on top).
+        bits = size.view(torch.int64 if size.dtype == torch.float64 else torch.int32).numpy()
+        values = torch.from_numpy(np.partition(bits, place, axis=1)[:, place : place + 1]).view(size.dtype)
     else:
         values = size.kthvalue(place + 1, dim=1, keepdim=True).values
     return values.clamp(min=_TINY)

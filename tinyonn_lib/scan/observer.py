@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.scan.audit import checkpointing, input_embedding, missing, refuse_blind_spots, width
-from tinyonn_lib.scan.bank import FORWARD_ROWS, Bank
+from tinyonn_lib.scan.bank import FORWARD_ROWS, Bank, Counts
 from tinyonn_lib.scan.layer import FFNLike, Layer, Watch
-from tinyonn_lib.scan.statistics import COUNTERS, Layout, Totals
+from tinyonn_lib.scan.statistics import Layout, Totals
 
 METHODS = ("auto", "grad", "gram", "tiles")
 
@@ -92,8 +92,7 @@ class Observer:
         self._banks: dict[torch.device, Bank] = {}
         self._places: list[tuple[Bank, int]] = []
         self._layers: list[Layer] = []
-        self._counts = np.zeros((len(self.ffns), len(COUNTERS)))
-        self._masked: list[dict[int, Tensor]] = [{} for _ in self.ffns]
+        self._counts = Counts(len(self.ffns))
         self._handles: list[RemovableHandle] = []
         self._signature = inspect.signature(model.forward)
         self._allocate()
@@ -154,11 +153,11 @@ class Observer:
         for bank in self._banks.values():
             bank.close(gradients, self.loss_scale)
         for row, layer in enumerate(self._layers):
-            self._count(row, 0, layer.tokens)
-            self._counts[row, 1] += 1
+            self._counts.add(row, 0, layer.tokens)
+            self._counts.add(row, 1, [1])
             if gradients:
-                self._count(row, 2, layer.grad_tokens)
-                self._counts[row, 3] += 1
+                self._counts.add(row, 2, layer.grad_tokens)
+                self._counts.add(row, 3, [1])
             layer.reset()
         self.samples += 1
 
@@ -203,11 +202,7 @@ class Observer:
         sums = np.zeros(self.layout.shape)
         for row, (bank, place) in enumerate(self._places):
             sums[row] = bank.total[place].cpu().numpy()
-        counts = self._counts.copy()
-        for row, masked in enumerate(self._masked):
-            for column, value in masked.items():
-                counts[row, column] += float(value)
-        return Totals(self.layout, sums, counts)
+        return Totals(self.layout, sums, self._counts.array())
 
     def load(self, totals: Totals, samples: int) -> None:
         """Go on from totals of an earlier run, bit for bit. Only before the first sample.
@@ -220,7 +215,7 @@ class Observer:
             raise BenchError("these totals belong to another model or rho: they cannot be continued")
         for row, (bank, place) in enumerate(self._places):
             bank.total[place].copy_(torch.from_numpy(totals.sums[row]))
-        self._counts[:] = totals.counts
+        self._counts.host[:] = totals.counts
         self.samples = self._first = samples
 
     def _allocate(self) -> None:
@@ -257,14 +252,6 @@ class Observer:
 
     def _pending(self) -> bool:
         return any(layer.fired for layer in self._layers)
-
-    def _count(self, row: int, column: int, parts: list[int | Tensor]) -> None:
-        for part in parts:
-            if isinstance(part, Tensor):
-                masked = self._masked[row]
-                masked[column] = masked[column] + part if column in masked else part
-            else:
-                self._counts[row, column] += part
 
     def _silent(self) -> str:
         return f"{self.ffns[0].name} and {len(self.ffns) - 1} other layers" if len(self.ffns) > 1 else self.ffns[0].name

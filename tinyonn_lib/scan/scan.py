@@ -69,9 +69,11 @@ def scan_samples(
         position = state[1] if state else 0
         if state:
             observer.load(state[0], position)
+        device = _device(model)
+        if progress is not None and position:
+            progress(position, total, "going on from the last commit")
         if state and position == total:
             return state[0]
-        device = _device(model)
         first, started = position, time.monotonic()
         flushed = told = started
         with observer:
@@ -94,8 +96,10 @@ def scan_samples(
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean next-token NLL of one sample in fp32. ids: (1, T). Returns a scalar, nats per token."""
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    return F.cross_entropy(logits.float(), ids[0, 1:].to(logits.device))
+    logits = model(input_ids=ids, use_cache=False).logits
+    # The last position has nothing to predict: ignoring it spares the two full copies that slicing it off costs.
+    targets = F.pad(ids[0, 1:], (0, 1), value=-100).to(logits.device)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100)
 
 
 @contextmanager

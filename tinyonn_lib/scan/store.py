@@ -13,20 +13,18 @@ Readers add the workers up. Layout (docs: `tinyonn:{SCAN}:...`, braces keep one 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from typing import Any
 
 import numpy as np
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.scan.connection import Connection
 from tinyonn_lib.scan.statistics import COUNTERS, LAYOUT_VERSION, STATISTICS, Layout, Totals, merge
 
-_T = TypeVar("_T")
 _FLOAT = np.dtype("<f8")
 
 
@@ -44,27 +42,18 @@ class Store:
     """
 
     def __init__(self, where: str | Path, scan_id: str, *, retry_seconds: float = 10.0) -> None:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
         if not scan_id or not all(c.isalnum() or c in "._-/" for c in scan_id):
             raise BenchError(f"scan id {scan_id!r}: use letters, digits and . _ - / only")
-        text = str(where)
-        url = text if "://" in text else f"unix://{quote(text)}"
         self.scan_id = scan_id
-        self.retry_seconds = retry_seconds
-        self.address = safe_url(url)
+        self._connection = Connection(where, retry_seconds)
+        self._redis = self._connection.redis
+        self._try = self._connection.attempt
         self._epochs: dict[str, int] = {}
-        self._reached = False
-        try:
-            self._redis: Any = redis.Redis.from_url(
-                url, socket_timeout=10.0, socket_connect_timeout=3.0, retry=Retry(NoBackoff(), 0)
-            )
-        except (ValueError, TypeError):
-            raise BenchError(
-                f"{self.address} is not a redis URL: write redis://host:port/0, rediss://..., or unix:///path/to/socket"
-            ) from None
+
+    @property
+    def address(self) -> str:
+        """The URL without password, fit for messages and manifests."""
+        return self._connection.address
 
     def __enter__(self) -> Store:
         return self
@@ -159,7 +148,7 @@ class Store:
 
         attempts: list[int] = []
         try:
-            self._try(attempt, worker)
+            self._try(attempt, safe=f"everything up to epoch {before} is safe" if before else "nothing was committed yet")
         except redis.WatchError:
             raise BenchError(f"scan {self.scan_id!r}: two processes write as worker {worker!r}; stop one") from None
         self._epochs[worker] = before + 1
@@ -218,72 +207,6 @@ class Store:
 
     def _key(self, what: str) -> str:
         return f"tinyonn:{{{self.scan_id}}}:{what}"
-
-    def _try(self, attempt: Callable[[], _T], worker: str | None = None) -> _T:
-        import redis
-
-        errors = redis.exceptions
-        # A server that was there once may come back; one that never answered is a typo, and waiting is rude.
-        deadline = time.monotonic() + (self.retry_seconds if self._reached else min(self.retry_seconds, 1.0))
-        pause = 0.05
-        while True:
-            try:
-                value = attempt()
-            except (errors.AuthenticationError, errors.AuthorizationError):
-                raise BenchError(f"{self.address} refuses this user or password: check redis_url") from None
-            except errors.BusyLoadingError as error:
-                problem: Exception = error
-            except (errors.ConnectionError, errors.TimeoutError, OSError) as error:
-                problem = error
-            except errors.WatchError:
-                raise
-            except errors.ResponseError as error:
-                if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-                    raise BenchError(f"{self.address} refuses this user or password: check redis_url") from None
-                raise BenchError(f"{self.address} refused a command: {error}") from None
-            else:
-                self._reached = True
-                return value
-            if time.monotonic() + pause > deadline:
-                raise BenchError(self._lost(problem, worker)) from None
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
-
-    def _lost(self, problem: Exception, worker: str | None) -> str:
-        if not self._reached:
-            return f"no Redis server answers at {self.address} ({_reason(problem)}): start it, or correct redis_url"
-        safe = ""
-        if worker is not None:
-            epoch = self._epochs.get(worker, 0)
-            done = f"everything up to epoch {epoch} is safe" if epoch else "nothing was committed yet"
-            safe = f"; {done}"
-        return (
-            f"the Redis server at {self.address} went away ({_reason(problem)}){safe}; run the same command again to "
-            "go on from there"
-        )
-
-
-def safe_url(url: str) -> str:
-    """The URL without its password and query, fit for messages and manifests."""
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-    except ValueError:
-        return "the given redis_url"
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
-
-
-def _reason(problem: Exception) -> str:
-    import redis
-
-    if isinstance(problem, redis.exceptions.TimeoutError):
-        return "timeout"
-    cause: BaseException | None = problem
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return "connection lost"
 
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", nargs="?", default="default", help="name of the run (default: default)")
     add("report", "build missing reports and reports/index.html", _report)
     add("lab", "open JupyterLab on the notebooks", _lab)
+    lint = add("lint", "check params files: flat, commented, floats that YAML reads as floats", _lint)
+    lint.add_argument("files", nargs="*", type=Path, help="files to check (default: all under params/)")
     sync = add("sync", "write the notebooks' parameters cells from params/*.yaml", _sync)
     sync.add_argument("--check", action="store_true", help="only say what has drifted; exit 1 if anything has")
     return parser
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _explain(phase: Phase) -> str:
     notes = params.comments(phase)
-    rows = [f"  {key} = {value!r:<12}  {notes[key]}" for key, value in params.defaults(phase).items()]
+    rows = [f"  {f'{key}={value}':<34} {notes[key]}" for key, value in params.defaults(phase).items()]
     return "parameters and defaults (params/" + phase.name + ".yaml):\n" + "\n".join(rows)
 
 
@@ -175,13 +177,19 @@ def _status(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from tinyonn_lib.workbench.index import publish
 
-    print(f"reports: {publish(runs_root(), reports_root(), list(PHASES.values()))}")
+    print(f"reports: {publish(runs_root(), reports_root(), list(PHASES.values()), runs.status_of)}")
     return 0
 
 
 def _lab(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(ROOT)]
     return subprocess.call(command, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+
+
+def _lint(args: argparse.Namespace) -> int:
+    complaints = params.lint(args.files or sorted((ROOT / "params").rglob("*.yaml")))
+    print("\n".join(complaints) or "params: nothing to complain about")
+    return 1 if complaints else 0
 
 
 def _sync(args: argparse.Namespace) -> int:

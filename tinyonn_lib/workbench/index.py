@@ -16,12 +16,25 @@ from urllib.parse import quote
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.workbench.figures import PLOTLY, alt_text, is_thumbnail, thumbnail
-from tinyonn_lib.workbench.page import TEMPLATE, number_text, page_scripts, seconds_text, size_text, write_atomic
-from tinyonn_lib.workbench.report import build_report, read_manifest
+from tinyonn_lib.workbench.page import (
+    TEMPLATE,
+    number_text,
+    page_scripts,
+    read_manifest,
+    seconds_text,
+    short_text,
+    size_text,
+    write_atomic,
+)
+from tinyonn_lib.workbench.report import build_report
+from tinyonn_lib.workbench.sweeps import sweep_table, times_table
 
 _WATCHED = ("notebook.ipynb", "manifest.json", "report.html")
 # What pages are made of besides runs: an upgrade of the bench renews them.
-_LOOK = [*sorted(TEMPLATE.iterdir()), *(TEMPLATE.parent / f"{n}.py" for n in ("report", "index", "page", "figures"))]
+_LOOK = [
+    *sorted(TEMPLATE.iterdir()),
+    *(TEMPLATE.parent / f"{n}.py" for n in ("report", "index", "page", "figures", "sweeps")),
+]
 
 
 class PhaseInfo(Protocol):
@@ -91,8 +104,8 @@ def build_index(runs_root: Path, out: Path, phases: Sequence[PhaseInfo], status_
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, trim_blocks=True)
     text = environment.get_template("index.html.j2").render(
         csp=scripts.csp, css=(TEMPLATE / "style.css").read_text(encoding="utf-8"), scripts=scripts.html,
-        state=_state(runs_root, phases, status_of), runs=plain, times=_times(every),
-        sweeps=[_sweep(base, rows, plain) for base, rows in sweeps.items()],
+        state=_state(runs_root, phases, status_of), runs=plain, times=times_table(every),
+        sweeps=[sweep_table(base, rows, plain) for base, rows in sweeps.items()],
         facts=[f"{len(every)} run{'s' * (len(every) != 1)}", f"{len(phases)} phases"],
     )  # fmt: skip
     write_atomic(out, text)
@@ -158,15 +171,11 @@ def _card(run: Path, phase: PhaseInfo, root: Path, status: str) -> dict[str, Any
         "link": link if (root / run.name / f"{phase.name}.html").exists() else "",
         "headline": headline if isinstance(headline, dict) else None,
         "values": changed,
-        "changed": [_short(f"{k} = {number_text(v[1])}") for k, v in changed.items()],
+        "changed": [short_text(f"{k} = {number_text(v[1])}") for k, v in changed.items()],
         "seconds": manifest.get("seconds"),
         "finished": str(manifest.get("finished") or "")[:16].replace("T", " "),
         "facts": [f for f in facts if f],
     }
-
-
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _run_facts(cards: list[dict[str, Any]]) -> list[str]:
@@ -186,57 +195,7 @@ def _glance(folder: Path) -> tuple[dict[str, Any] | None, str]:
         return None, ""
     errors = [str(o.get("evalue") or o.get("ename")) for o in outputs if o.get("output_type") == "error"]
     figure = next((f for f in figures if is_thumbnail(f)), figures[0] if figures else None)
-    return figure, _short(errors[0], 160) if errors else ""
-
-
-def _sweep(base: str, rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row per run: the parameters in which the runs differ, then the headline of each phase they ran."""
-    used = [i for i, _ in enumerate(rows[0]["cards"]) if any(r["cards"][i]["status"] != "not run" for r in rows)]
-    for row in rows:
-        row["values"] = {f"{c['name']}.{k}": v for c in row["cards"] for k, v in c["values"].items()}
-    keys = list(dict.fromkeys(key for row in rows for key in row["values"]))
-    texts = {key: {number_text(row["values"].get(key, [None, None])[1]) for row in rows} for key in keys}
-    varied = [key for key in keys if len(texts[key]) > 1 or len(rows) == 1]
-    default = {key: row["values"][key][0] for row in rows for key in row["values"]}
-
-    def order(row: dict[str, Any]) -> list[tuple[bool, float, str]]:  # numbers by size, not "1.0e-2" before "1.0e-3"
-        values = [row["values"].get(key, [None, default[key]])[1] for key in varied]
-        return [(isinstance(v, str), v if isinstance(v, int | float) else 0.0, str(v)) for v in values]
-
-    def view(row: dict[str, Any], name: str, values: dict[str, Any]) -> dict[str, Any]:
-        cells = [row["cards"][i] for i in used]
-        return {
-            "name": name,
-            "params": [number_text(values.get(key, [None, default[key]])[1]) for key in varied],
-            "cells": [None if c["status"] == "not run" else _sweep_cell(c) for c in cells],
-        }
-
-    first = [view(run, f"{base} (base)", {}) for run in plain if run["name"] == base]
-    return {
-        "base": base,
-        "params": varied,
-        "phases": [rows[0]["cards"][i]["name"] for i in used],
-        "common": [_short(f"{k} = {next(iter(texts[k]))}") for k in keys if k not in varied],
-        "rows": first + [view(row, row["name"], row["values"]) for row in sorted(rows, key=order)],
-    }
-
-
-def _sweep_cell(card: dict[str, Any]) -> dict[str, str]:
-    headline = card["headline"] or {}
-    text = str(headline.get("value") or "report")
-    return {"text": text, "label": str(headline.get("label", "")), "link": card["link"], "status": card["status"]}
-
-
-def _times(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds of each phase of each run; phases that nobody has timed have no column."""
-    timed = [r for r in runs if any(isinstance(c["seconds"], int | float) for c in r["cards"])]
-    used = [i for i, _ in enumerate(timed[0]["cards"]) if any(r["cards"][i]["seconds"] for r in timed)] if timed else []
-    rows = []
-    for run in timed:
-        seconds = [run["cards"][i]["seconds"] for i in used]
-        text = [f"{s:,.1f}" if isinstance(s, int | float) else "" for s in seconds]
-        rows.append({"name": run["name"], "seconds": text, "total": f"{sum(s or 0 for s in seconds):,.1f}"})
-    return {"phases": [timed[0]["cards"][i]["name"] for i in used] if timed else [], "rows": rows}
+    return figure, short_text(errors[0], 160) if errors else ""
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -69,6 +69,15 @@ def write_atomic(path: Path, text: str | bytes) -> None:
     part.replace(path)
 
 
+def read_manifest(folder: Path, name: str = "manifest.json") -> dict[str, Any]:
+    """The phase's manifest, or nothing when there is none that can be read (the phase did not finish)."""
+    try:
+        manifest = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
 # -- HTML that came out of a notebook ------------------------------------------------------------------------------
 
 _TAGS = {
@@ -158,3 +167,8 @@ def size_text(size: Any) -> str:
     if not isinstance(size, int | float):
         return ""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def short_text(text: str, limit: int = 60) -> str:
+    """`text`, cut with an ellipsis."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -57,8 +57,9 @@ def validate(phase: Phase, values: Mapping[str, Any]) -> Params:
         if first["type"] == "missing":
             raise BenchError(f"{phase.name} needs the parameter '{key}'; params/{phase.name}.yaml has it.") from None
         meaning = comments(phase).get(key, "")
+        shown = "…" if key.endswith("url") else repr(first["input"])  # a URL may hold a password
         raise BenchError(
-            f"{phase.name}.{key} = {first['input']!r}: {first['msg']}." + (f" ({key}: {meaning})" if meaning else "")
+            f"{phase.name}.{key} = {shown}: {first['msg']}." + (f" ({key}: {meaning})" if meaning else "")
         ) from None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -51,6 +52,13 @@ def _fractions(text: str) -> str:
 
 Fractions = Annotated[str, AfterValidator(_fractions)]
 """Several fractions in one flat value, such as `0.25 0.5 0.75`."""
+
+
+def _no_password(url: str) -> str:
+    # Parameters end up in manifests, notebooks and reports.
+    if urlsplit(url).password:
+        raise ValueError("leave the password out of the URL and give it as TINYONN_REDIS_PASSWORD in the environment")
+    return url
 
 
 class Params(BaseModel):
@@ -98,7 +106,7 @@ class Scan(Params):
     batch: Literal[1]
     length: Annotated[int, Field(ge=8)]
     rho: Fraction
-    redis_url: str
+    redis_url: Annotated[str, AfterValidator(_no_password)]
     flush_seconds: Positive
     seed: Seed
 

@@ -8,7 +8,6 @@ own, so text that slipped through somewhere could still do nothing.
 from __future__ import annotations
 
 import ast
-import json
 import logging
 import re
 from pathlib import Path
@@ -21,6 +20,7 @@ from tinyonn_lib.workbench.page import (
     clean_html,
     number_text,
     page_scripts,
+    read_manifest,
     seconds_text,
     size_text,
     write_atomic,
@@ -62,15 +62,6 @@ def read_notebook(path: Path) -> Any:
     except (OSError, ValueError, KeyError, AttributeError, nbformat.reader.NotJSONError) as err:
         why = "no such file" if isinstance(err, FileNotFoundError) else "not a complete notebook"
         raise BenchError(f"{path}: {why}; run the phase again") from err
-
-
-def read_manifest(folder: Path, name: str = "manifest.json") -> dict[str, Any]:
-    """The phase's manifest, or nothing when there is none that can be read (the phase did not finish)."""
-    try:
-        manifest = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 # -- the summary ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""Routing by scaled h equals routing written out expert by expert."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tinyonn_lib.experts import assemble, partition, router, routing
+
+from .conftest import Tiny
+
+
+@pytest.fixture
+def part(tiny: Tiny) -> partition.Partition:
+    return partition.partition("random", tiny.scores, 4)
+
+
+def ffn_inputs(tiny: Tiny) -> torch.Tensor:
+    return torch.randn(11, 32, generator=torch.Generator().manual_seed(1))
+
+
+def run_layer(tiny: Tiny, scale: routing.Scale, x: torch.Tensor) -> torch.Tensor:
+    with routing.scaled(tiny.ffns[:1], [scale]):
+        out: torch.Tensor = tiny.ffns[0].module(x)
+    return out
+
+
+def test_experts_add_up_to_the_dense_layer(tiny: Tiny, part: partition.Partition) -> None:
+    x = ffn_inputs(tiny)
+    for ffn, experts in zip(tiny.ffns, assemble.assemble(tiny.ffns, part), strict=True):
+        total = sum(expert(x) for expert in experts)
+        torch.testing.assert_close(total, ffn.module(x), atol=1e-5, rtol=1e-5)
+
+
+def test_oracle_keeps_the_experts_with_the_largest_output(tiny: Tiny, part: partition.Partition) -> None:
+    x = ffn_inputs(tiny)
+    outputs = torch.stack([expert(x) for expert in next(assemble.assemble(tiny.ffns, part))])  # (4, 11, 32)
+    expected = torch.zeros_like(x)
+    for token in range(len(x)):
+        best = outputs[:, token].norm(dim=-1).argsort(descending=True)[:2]
+        expected[token] = outputs[best, token].sum(0)
+    found = run_layer(tiny, routing.oracle(part, tiny.ffns, k=2)[0], x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_router_gates_as_softmax_times_experts(tiny: Tiny, part: partition.Partition) -> None:
+    x, weight = ffn_inputs(tiny), torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    outputs = torch.stack([expert(x) for expert in next(assemble.assemble(tiny.ffns, part))])
+    gates = (x @ weight.T).softmax(-1)
+    expected = torch.zeros_like(x)
+    for token in range(len(x)):
+        for e in gates[token].argsort(descending=True)[:3]:
+            expected[token] += 4 * gates[token, e] * outputs[e, token]
+    found = run_layer(tiny, routing.linear_router([weight, weight], part, k=3)[0], x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_zero_router_with_all_experts_is_the_dense_model(tiny: Tiny, part: partition.Partition) -> None:
+    expected = tiny.model(tiny.ids).logits
+    with routing.scaled(tiny.ffns, routing.linear_router([torch.zeros(4, 32)] * 2, part, k=4)):
+        found = tiny.model(tiny.ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_static_keeps_the_top_and_the_bias_restores_the_mean(tiny: Tiny) -> None:
+    x = ffn_inputs(tiny)
+    scores = [torch.arange(32.0), torch.arange(32.0)]
+    h = F.silu(tiny.ffns[0].gate(x)) * tiny.ffns[0].up(x)
+    scales = routing.static(scores, keep=0.25)
+    kept = h.clone()
+    kept[:, :24] = 0
+    torch.testing.assert_close(run_layer(tiny, scales[0], x), tiny.ffns[0].down(kept), atol=1e-6, rtol=1e-5)
+    means = [h.mean(0), h.mean(0)]
+    shift = routing.dropped_mean(tiny.ffns, scores, means, keep=0.25)[0]
+    torch.testing.assert_close(shift, tiny.ffns[0].down(h.mean(0) - kept.mean(0)), atol=1e-6, rtol=1e-5)
+    with routing.scaled(tiny.ffns[:1], scales[:1], [shift]):
+        shifted = tiny.ffns[0].module(x)
+    # On average over tokens nothing is missing: that is what the bias is for.
+    torch.testing.assert_close(shifted.mean(0), tiny.ffns[0].module(x).mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_no_hook_stays_behind(tiny: Tiny, part: partition.Partition) -> None:
+    before = tiny.model(tiny.ids).logits
+    with pytest.raises(RuntimeError, match="boom"), routing.scaled(tiny.ffns, routing.oracle(part, tiny.ffns, 1)):
+        raise RuntimeError("boom")
+    assert torch.equal(tiny.model(tiny.ids).logits, before)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in tiny.model.modules())
+
+
+def test_usage_counts_tokens(tiny: Tiny, part: partition.Partition) -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
+    shares = router.usage(tiny.model, tiny.ffns, routing.linear_router([weight] * 2, part, 1), part, tiny.ids)
+    assert shares.shape == (2, 4)
+    torch.testing.assert_close(shares.sum(1), torch.ones(2))
+
+
+def test_soften_keeps_the_order_and_shrinks(tiny: Tiny, part: partition.Partition) -> None:
+    routers = router.fresh(part, 32, seed=0, spread=3.0)
+    x = ffn_inputs(tiny)
+    before = [(x @ w.T).argsort(-1) for w in routers]
+    router.soften(routers, spread=0.01)
+    assert all(torch.equal((x @ w.T).argsort(-1), order) for w, order in zip(routers, before, strict=True))
+    assert max(float(w.detach().std()) for w in routers) == pytest.approx(0.01, rel=1e-3)

@@ -1,0 +1,102 @@
+"""Parameters: YAML is the truth, Hydra composes, pydantic guards, notebooks mirror."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.workbench import params
+from tinyonn_lib.workbench.notebook import assigned
+from tinyonn_lib.workbench.phases import PHASES, ROOT
+
+EVERY = pytest.mark.parametrize("phase", PHASES.values(), ids=PHASES)
+SCAN = PHASES["scan"]
+
+
+@EVERY
+def test_default_is_complete_and_valid(phase: Any) -> None:
+    values = params.defaults(phase)
+    assert set(values) == set(phase.schema.model_fields)
+    assert params.validate(phase, values).model_dump() == values
+
+
+def test_params_files_are_clean() -> None:
+    assert params.lint(sorted((ROOT / "params").rglob("*.yaml"))) == []
+
+
+def test_notebooks_mirror_params() -> None:
+    assert params.sync(check=True) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("lr: 1e-4  # rate", "1.0e-4"),
+        ("lr: ${other}  # rate", "interpolation"),
+        ("lr: 0.1", "no comment"),
+        ("  nested: 1  # deep", "not a flat"),
+    ],
+)
+def test_lint_finds(tmp_path: Path, line: str, complaint: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(line + "\n")
+    (found,) = params.lint([file])
+    assert complaint in found
+    assert "x.yaml:1" in found
+
+
+def test_overrides_profile_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert params.compose(SCAN, ["tokens=2e5"])["tokens"] == 200_000
+    folder = tmp_path / "params" / "mine"
+    folder.mkdir(parents=True)
+    for file in (ROOT / "params").glob("*.yaml"):
+        (tmp_path / "params" / file.name).write_text(file.read_text())
+    (folder / "scan.yaml").write_text("tokens: 7  # few\nrho: 0.2  # wide\n")
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    values = params.compose(SCAN, ["tokens=9"], profile="mine")
+    assert (values["rho"], values["tokens"]) == (0.2, 9)  # the overlay counts, and an override beats it
+    with pytest.raises(BenchError, match="no profile 'other'.*mine"):
+        params.compose(SCAN, profile="other")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tokns=3", ["tokns", "did you mean 'tokens'"]),
+        ("tokens=abc", ["scan.tokens = 'abc'", "integer"]),
+        ("tokens=0", ["scan.tokens = 0", "greater than or equal to 1"]),
+        ("rho=1.5", ["scan.rho = 1.5", "less than 1"]),
+        ("dtype=fp8", ["scan.dtype = 'fp8'", "'nf4'"]),
+        ("batch=4", ["scan.batch = 4"]),
+        ("run=../evil", ["scan.run = '../evil'"]),
+        ("tokens", ["not an override", "key=value"]),
+        ("redis_url=redis://me:secret@host/0", ["TINYONN_REDIS_PASSWORD"]),
+    ],
+)
+def test_bad_value_is_one_clear_line(override: str, words: list[str]) -> None:
+    with pytest.raises(BenchError) as error:
+        params.compose(SCAN, [override])
+    line = str(error.value)
+    assert "\n" not in line
+    assert "secret" not in line
+    for word in words:
+        assert word.lower() in line.lower()
+
+
+def test_sweep_is_the_product() -> None:
+    jobs = params.expand(["lr=1.0e-3,3.0e-3", "seed=0,1", "k=5"])
+    assert len(jobs) == 4
+    assert ["lr=0.001", "seed=1", "k=5"] in jobs
+
+
+def test_changed_lists_default_and_value() -> None:
+    values = params.compose(SCAN, ["tokens=5", "run=x"])
+    assert params.changed(SCAN, values) == {"tokens": [params.defaults(SCAN)["tokens"], 5]}
+
+
+def test_cells_with_constants_are_parameters_and_nothing_else_is() -> None:
+    cells = ["# Mirrors\ntokens = 5  # few\nname = 'x'", "# Parameters\ntokens = 2 * 10**3", "n = len([])\nm = 3", "import os"]
+    assert assigned(cells) == {"tokens": 2000, "name": "x"}

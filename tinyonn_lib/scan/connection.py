@@ -1,0 +1,118 @@
+"""A connection to a Redis-protocol server that may go away: retries, and errors in one line without passwords."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from tinyonn_lib.errors import BenchError
+
+_T = TypeVar("_T")
+# A server that never answered is a typo, and waiting for it is rude.
+_FIRST_SECONDS = 1.0
+
+
+class Connection:
+    """A redis-py client with one way to call it.
+
+    Args:
+        where: a redis URL (`redis://`, `rediss://`, `unix://`) or the path of a unix socket.
+        retry_seconds: how long a connection that once worked is retried.
+
+    Attributes:
+        redis: the client; call it through `attempt`.
+        address: the URL without password.
+
+    Errors:
+        BenchError: URL that cannot be understood.
+    """
+
+    def __init__(self, where: str | Path, retry_seconds: float) -> None:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        text = str(where)
+        url = text if "://" in text else f"unix://{quote(text)}"
+        self.address = safe_url(url)
+        self.retry_seconds = retry_seconds
+        self._reached = False
+        try:
+            # Retrying is ours: redis-py's own knows neither transactions nor what is safe to repeat.
+            self.redis: Any = redis.Redis.from_url(
+                url, socket_timeout=10.0, socket_connect_timeout=3.0, retry=Retry(NoBackoff(), 0)
+            )
+        except (ValueError, TypeError):
+            raise BenchError(
+                f"{self.address} is not a redis URL: write redis://host:port/0, rediss://..., or unix:///path/to/socket"
+            ) from None
+
+    def attempt(self, call: Callable[[], _T], *, safe: str = "") -> _T:
+        """Run `call`, again after a lost connection, until `retry_seconds` are over. `call` must be idempotent.
+
+        Args:
+            call: commands on `redis`.
+            safe: what is safe should the server be gone for good, for the message.
+
+        Errors:
+            BenchError: server gone, password refused, command refused. `redis.WatchError` passes through.
+        """
+        from redis import exceptions as errors
+
+        deadline = time.monotonic() + (self.retry_seconds if self._reached else min(self.retry_seconds, _FIRST_SECONDS))
+        pause = 0.05
+        while True:
+            try:
+                value = call()
+            except (errors.AuthenticationError, errors.AuthorizationError):
+                raise BenchError(f"{self.address} refuses this user or password: check redis_url") from None
+            except errors.WatchError:
+                raise
+            except (errors.ConnectionError, errors.TimeoutError, OSError) as error:  # BusyLoadingError too
+                problem = error
+            except errors.ResponseError as error:
+                if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+                    raise BenchError(f"{self.address} refuses this user or password: check redis_url") from None
+                raise BenchError(f"{self.address} refused a command: {error}") from None
+            else:
+                self._reached = True
+                return value
+            if time.monotonic() + pause > deadline:
+                raise BenchError(self._lost(problem, safe)) from None
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def _lost(self, problem: Exception, safe: str) -> str:
+        if not self._reached:
+            return f"no Redis server answers at {self.address} ({_reason(problem)}): start it, or correct redis_url"
+        what = f"; {safe}" if safe else ""
+        return (
+            f"the Redis server at {self.address} went away ({_reason(problem)}){what}; run the same command again to "
+            "go on from there"
+        )
+
+
+def safe_url(url: str) -> str:
+    """The URL without its password and query, fit for messages and manifests."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return "the given redis_url"
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def _reason(problem: Exception) -> str:
+    import redis
+
+    if isinstance(problem, redis.exceptions.TimeoutError):
+        return "timeout"
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return "connection lost"
