@@ -20,7 +20,7 @@ import pytest
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.workbench import index as index_module
 from tinyonn_lib.workbench.figures import PLOTLY, THUMB_POINTS, figure_summary, thumbnail
-from tinyonn_lib.workbench.index import build_index, phase_status, publish
+from tinyonn_lib.workbench.index import build_index, publish
 from tinyonn_lib.workbench.page import clean_html, number_text
 from tinyonn_lib.workbench.report import build_report
 
@@ -35,6 +35,14 @@ class Phase:
 
 
 PHASES = [Phase("scan", 2, "What does each neuron do?"), Phase("router", 5, f"Does it route? {HOSTILE}")]
+
+
+def status_of(run: Path, phase: Phase) -> str:
+    """What `runs.status_of` would say of these fakes, whose phases are not the real ones."""
+    folder = run / phase.name
+    if (folder / "manifest.json").exists():
+        return "done"
+    return "unfinished" if (folder / "notebook.ipynb").exists() else "not run"
 
 
 class Page(HTMLParser):
@@ -278,7 +286,7 @@ def test_index_has_a_card_per_phase(write: Write, tmp_path: Path) -> None:
           done=manifest("demo", "scan", changed={"tokens": [100, 200], "run": ["default", "demo"]}))  # fmt: skip
     error = nbf.new_output("error", ename="ValueError", evalue=f"bad {HOSTILE}", traceback=[])
     write("demo", "router", code("x", error))
-    build_index(tmp_path / "runs", tmp_path / "reports" / "index.html", PHASES)
+    build_index(tmp_path / "runs", tmp_path / "reports" / "index.html", PHASES, status_of)
     page = Page(tmp_path / "reports" / "index.html")
     check_inert(page)
     assert len(page.all("li")) == 2
@@ -286,19 +294,6 @@ def test_index_has_a_card_per_phase(write: Write, tmp_path: Path) -> None:
     for words in ("done", "unfinished", "1,536", "tokens = 200", "12.3 s", "2.5 MB", "bad </script>", "1 of 2 phases"):
         assert words in page.text, words
     assert "run = demo" not in page.text
-
-
-def test_stale_follows_the_inputs(write: Write, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "demo"
-    write("demo", "scan", done=manifest("demo", "scan"))
-    write("demo", "router", done=manifest("demo", "router", inputs={"scan": "demo/scan"}))
-    assert [phase_status(run, p) for p in PHASES] == ["done", "done"]
-    write("demo", "scan", done=manifest("demo", "scan", digest="new"))
-    assert [phase_status(run, p) for p in PHASES] == ["done", "stale"]
-    assert phase_status(tmp_path / "runs" / "other", PHASES[0]) == "not run"
-    # Still the input that router names, but made from something that is gone.
-    write("demo", "scan", done=manifest("demo", "scan", inputs={"pretrain": "gone"}))
-    assert [phase_status(run, p) for p in PHASES] == ["stale", "stale"]
 
 
 def test_sweeps_are_a_table(write: Write, tmp_path: Path) -> None:
@@ -309,7 +304,7 @@ def test_sweeps_are_a_table(write: Write, tmp_path: Path) -> None:
         done = manifest(f"lr={lr}", "router", params=params, changed=changed, inputs={"scan": "demo/scan"},
                         headline={"label": "ΔNLL", "value": f"+{lr}"})  # fmt: skip
         write(f"lr={lr}", "router", code("x"), done=done)
-    page = Page(publish(tmp_path / "runs", tmp_path / "reports", PHASES))
+    page = Page(publish(tmp_path / "runs", tmp_path / "reports", PHASES, status_of))
     check_inert(page)
     text = page.text[page.text.index("Variations of demo") : page.text.index("Seconds per phase")]
     rows = [text.index(name) for name in ("demo (base)", "lr=0.001", "lr=0.003", "lr=0.01")]
@@ -336,24 +331,24 @@ def test_publish_does_only_what_is_due(write: Write, tmp_path: Path, monkeypatch
     torn = write("torn", "scan")
     torn.write_text("{", encoding="utf-8")
     runs, reports = tmp_path / "runs", tmp_path / "reports"
-    index = publish(runs, reports, PHASES)
+    index = publish(runs, reports, PHASES, status_of)
     assert built == ["scan", "router", "scan"]
     assert "unfinished" in Page(index).text
     assert Page(reports / "demo" / "scan.html").all("a", href="../index.html")
     torn.unlink()
-    publish(runs, reports, PHASES)
+    publish(runs, reports, PHASES, status_of)
     before, began = index.stat().st_mtime_ns, time.perf_counter()
-    assert publish(runs, reports, PHASES) == index
+    assert publish(runs, reports, PHASES, status_of) == index
     assert time.perf_counter() - began < 0.5
     assert len(built) == 3
     assert index.stat().st_mtime_ns == before
     os.utime(scan, (time.time() + 5, time.time() + 5))
-    publish(runs, reports, PHASES)
+    publish(runs, reports, PHASES, status_of)
     assert built[3:] == ["scan"]
     assert index.stat().st_mtime_ns > before
 
 
 def test_no_runs_yet(tmp_path: Path) -> None:
-    page = Page(publish(tmp_path / "runs", tmp_path / "reports", PHASES))
+    page = Page(publish(tmp_path / "runs", tmp_path / "reports", PHASES, status_of))
     assert "No runs yet." in page.text
     assert not page.scripts

@@ -42,7 +42,7 @@ def pretrain(
     lr_matrix: float = 0.02,
     lr_embedding: float = 0.05,
     weight_decay: float = 0.01,
-    momentum: float = 0.95,
+    momentum: float = 0.85,
     warmup_steps: int = 20,
     decay_share: float = 0.5,
     schedule: Schedule = "trapezoidal",
@@ -65,7 +65,7 @@ def pretrain(
             depends on the machine. A resumed run keeps the number of steps that was measured first.
         batch: blocks per step.
         lr_matrix: Muon's peak rate, for all matrices of the layers; lr_embedding: AdamW's, for embeddings, head, norms.
-        weight_decay: of Muon; momentum: of Muon.
+        weight_decay: of Muon; momentum: of Muon, lower than the usual 0.95 because the runs are short.
         warmup_steps, decay_share, schedule, clip: see `train.fit`.
         precision: of the computation (weights stay float32); "auto" is bfloat16 where the processor computes in it.
         shards: threads with a part of the batch each; None takes one per core, at most four, and 1 on a GPU.

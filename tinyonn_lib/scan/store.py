@@ -147,8 +147,9 @@ class Store:
                 pipe.execute()
 
         attempts: list[int] = []
+        safe = f"everything up to epoch {before} is safe" if before else "nothing was committed yet"
         try:
-            self._try(attempt, safe=f"everything up to epoch {before} is safe" if before else "nothing was committed yet")
+            self._try(attempt, safe=safe)
         except redis.WatchError:
             raise BenchError(f"scan {self.scan_id!r}: two processes write as worker {worker!r}; stop one") from None
         self._epochs[worker] = before + 1

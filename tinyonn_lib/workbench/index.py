@@ -49,11 +49,11 @@ class PhaseInfo(Protocol):
 
 
 # (runs/<run>, phase) -> "done", "stale", "unfinished" or "not run"
-StatusOf = Callable[[Path, PhaseInfo], str]
+StatusOf = Callable[[Path, Any], str]
 
 
 def publish(
-    runs_root: Path, reports_root: Path, phases: Sequence[PhaseInfo], status_of: StatusOf | None = None
+    runs_root: Path, reports_root: Path, phases: Sequence[PhaseInfo], status_of: StatusOf
 ) -> Path:
     """Build missing and outdated reports, copy them to `reports_root/<run>/<phase>.html`, write the index; its path.
 
@@ -77,11 +77,10 @@ def publish(
     return index
 
 
-def build_index(runs_root: Path, out: Path, phases: Sequence[PhaseInfo], status_of: StatusOf | None = None) -> None:
+def build_index(runs_root: Path, out: Path, phases: Sequence[PhaseInfo], status_of: StatusOf) -> None:
     """Write the overview of all runs under `runs_root` to `out`; reports are linked where `publish` has put them."""
     import jinja2
 
-    status_of = status_of or phase_status
     plain: list[dict[str, Any]] = []
     sweeps: dict[str, list[dict[str, Any]]] = {}
     for run in _runs(runs_root, phases):
@@ -109,27 +108,6 @@ def build_index(runs_root: Path, out: Path, phases: Sequence[PhaseInfo], status_
         facts=[f"{len(every)} run{'s' * (len(every) != 1)}", f"{len(phases)} phases"],
     )  # fmt: skip
     write_atomic(out, text)
-
-
-def phase_status(run: Path, phase: PhaseInfo) -> str:
-    """Done means: there is a manifest, and its inputs are done, too, and still the ones that it names."""
-    return _status(run, phase.name, "")
-
-
-def _status(run: Path, name: str, base: str) -> str:
-    folder = run / name
-    manifest = read_manifest(folder)
-    if not manifest and base:
-        run, folder = run.parent / base, run.parent / base / name
-        manifest = read_manifest(folder)
-    if not manifest:
-        return "unfinished" if (folder / "notebook.ipynb").exists() else "not run"
-    base = str((manifest.get("params") or {}).get("base") or "") or base
-    for given, digest in (manifest.get("inputs") or {}).items():
-        current = read_manifest(run / given) or (read_manifest(run.parent / base / given) if base else {})
-        if current.get("digest") != digest or _status(run, given, base) != "done":
-            return "stale"
-    return "done"
 
 
 def base_of(run: Path, phases: Sequence[PhaseInfo]) -> str:
@@ -218,14 +196,14 @@ def _copy(report: Path, target: Path) -> None:
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def _state(runs_root: Path, phases: Sequence[PhaseInfo], status_of: StatusOf | None) -> str:
+def _state(runs_root: Path, phases: Sequence[PhaseInfo], status_of: StatusOf) -> str:
     """A short hash of everything the index shows, by time stamps and statuses."""
     parts = [f"{p.name} {p.number} {p.title}" for p in phases]
     parts += [f"{path.name} {_mtime(path)}" for path in _LOOK]
     for run in _runs(runs_root, phases):
         for phase in phases:
             stamps = [_mtime(run / phase.name / name) for name in _WATCHED]
-            parts.append(f"{run.name} {phase.name} {stamps} {(status_of or phase_status)(run, phase)}")
+            parts.append(f"{run.name} {phase.name} {stamps} {status_of(run, phase)}")
     return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()[:24]
 
 

@@ -122,7 +122,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
         for o in parsed
     ]
-    return [list(job) for job in itertools.product(*choices)]
+    return [[str(text) for text in job] for job in itertools.product(*choices)]
 
 
 def parameters_cell(phase: Phase) -> str:

@@ -19,7 +19,7 @@ def reporter(what: str, unit: str, every: float = 10.0) -> Callable[[int, int, s
 
 def _in_notebook() -> bool:
     try:
-        from IPython import get_ipython  # type: ignore[attr-defined]
+        from IPython import get_ipython
     except ImportError:
         return False
     shell = get_ipython()

@@ -128,11 +128,11 @@ def state(phase: Phase, values: Mapping[str, Any], *, exactly: bool = True) -> S
     return "done" if same and manifest["inputs"] == inputs and _intact(place, manifest) else "stale"
 
 
-def status_of(run_folder: Path, name: str) -> State:
+def status_of(run_folder: Path, phase: Phase) -> State:
     """Where a phase stands by its own parameters, whatever the defaults are now: what a report shows."""
-    manifest = read_manifest(run_folder / name)
+    manifest = read_manifest(run_folder / phase.name)
     values = manifest["params"] if manifest else {"run": run_folder.name, "base": ""}
-    return state(PHASES[name], {**values, "run": run_folder.name})
+    return state(phase, {**values, "run": run_folder.name})
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,54 @@
+"""The smallest run that has every part: synthetic texts, a model of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+HOSTILE = "<script>alert(4711)</script><img src=x onerror=alert(1)>"
+
+
+def write_texts(path: Path, count: int = 600) -> Path:
+    """A jsonl file of sentences with some structure to learn, one of them hostile."""
+    rng = random.Random(0)
+    nouns, verbs = ["router", "neuron", "expert", "layer", "token", "model"], ["scans", "feeds", "splits", "joins", "prunes"]
+    with path.open("w") as file:
+        for number in range(count):
+            words = [f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}." for _ in range(8)]
+            text = " ".join(words) + (HOSTILE if number % 7 == 0 else "")
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def overrides(texts: Path) -> list[str]:
+    """For `tinyonn all`."""
+    values = {
+        "pretrain": f"texts={texts} calibration=0.2 heldout=0.1 vocab_size=320 width=32 layers=2 heads=2 kv_heads=1 "
+        "head_dim=16 ffn=64 student_width=16 student_layers=1 student_ffn=32 tokens=24000 student_tokens=6000 "
+        "batch=8 length=32 ngram_order=3",
+        "scan": "tokens=1500 length=48 flush_seconds=0.2",
+        "cluster": "clusters=3 neighbours=8",
+        "experts": "experts=4 eval_tokens=1000 length=48 seeds=2",
+        "router": "warm_tokens=4000 tokens=4000 batch=4 length=32 lr_warm=0.05 eval_tokens=1000",
+    }
+    found = [f"{phase}.{item}" for phase, items in values.items() for item in items.split()]
+    return [*found, f"pretrain.prompts='The|{HOSTILE}'"]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "TINYONN_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tinyonn_lib.workbench.cli", *arguments]
+
+
+def tinyonn(home: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        command(*arguments), env=environment(home), capture_output=True, text=True, timeout=timeout, check=False
+    )
