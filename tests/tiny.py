@@ -15,7 +15,10 @@ HOSTILE = "<script>alert(4711)</script><img src=x onerror=alert(1)>"
 def write_texts(path: Path, count: int = 600) -> Path:
     """A jsonl file of sentences with some structure to learn, one of them hostile."""
     rng = random.Random(0)
-    nouns, verbs = ["router", "neuron", "expert", "layer", "token", "model"], ["scans", "feeds", "splits", "joins", "prunes"]
+    nouns, verbs = (
+        ["router", "neuron", "expert", "layer", "token", "model"],
+        ["scans", "feeds", "splits", "joins", "prunes"],
+    )
     with path.open("w") as file:
         for number in range(count):
             words = [f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}." for _ in range(8)]

@@ -22,6 +22,13 @@ SEQUENTIAL = "Viridis"
 TABLE_ROWS = 50
 MAP_SAMPLE = 20_000
 
+_AXIS = {
+    "gridcolor": "#e8ecef",
+    "zerolinecolor": "#c9d1d8",
+    "ticks": "outside",
+    "tickcolor": "#c9d1d8",
+    "automargin": True,
+}
 pio.templates["tinyonn"] = go.layout.Template(
     layout={
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
@@ -30,8 +37,8 @@ pio.templates["tinyonn"] = go.layout.Template(
         "plot_bgcolor": "white",
         "margin": {"l": 64, "r": 24, "t": 56, "b": 52},
         "title": {"x": 0.01, "xanchor": "left", "font": {"size": 15}},
-        "xaxis": {"gridcolor": "#e8ecef", "zerolinecolor": "#c9d1d8", "ticks": "outside", "tickcolor": "#c9d1d8"},
-        "yaxis": {"gridcolor": "#e8ecef", "zerolinecolor": "#c9d1d8", "ticks": "outside", "tickcolor": "#c9d1d8"},
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
         "legend": {"orientation": "h", "y": -0.2, "x": 0},
         "height": 420,
     }
@@ -61,7 +68,7 @@ def _plain(value: Any) -> str | float | int:
     return str(value)
 
 
-def loss_curves(history: pd.DataFrame, *, smooth: int = 20) -> go.Figure:
+def loss_curves(history: pd.DataFrame, *, smooth: int = 20, thumbnail: bool = False) -> go.Figure:
     """Training loss over tokens, one line per `model`; `history` has `model, tokens, loss`."""
     figure = go.Figure()
     for name, rows in history.groupby("model", sort=False):
@@ -73,7 +80,7 @@ def loss_curves(history: pd.DataFrame, *, smooth: int = 20) -> go.Figure:
     by_model = history.groupby("model", sort=False)
     ends = ", ".join(f"{name} ends at {rows['loss'].tail(smooth).mean():.2f}" for name, rows in by_model)
     last = by_model.tail(1)
-    return describe(figure, f"Training loss falls with tokens seen: {ends} nats per token.", last, thumbnail=True)
+    return describe(figure, f"Training loss falls with tokens seen: {ends} nats per token.", last, thumbnail=thumbnail)
 
 
 def bars(
@@ -349,12 +356,11 @@ def intervals(table: pd.DataFrame, *, title: str) -> go.Figure:
 
 
 def text_cards(samples: Mapping[str, str]) -> str:
-    """HTML cards with a prompt in bold and the model's continuation; all text escaped."""
-    style = "border-left:3px solid var(--accent,#0b6e6e);margin:.6em 0;padding:.3em .9em;white-space:pre-wrap"
-    cards = [
-        f'<div style="{style}"><b>{html.escape(prompt)}</b>{html.escape(text.removeprefix(prompt))}</div>'
-        for prompt, text in samples.items()
-    ]
+    """HTML quotations with a prompt in bold and the model's continuation; all text escaped."""
+    cards = []
+    for prompt, text in samples.items():
+        rest = html.escape(text.removeprefix(prompt)).replace("\n", "<br>").replace("  ", "&nbsp; ")
+        cards.append(f"<blockquote><b>{html.escape(prompt)}</b>{rest}</blockquote>")
     return "\n".join(cards)
 
 
@@ -390,8 +396,3 @@ def expert_means(partition: pd.DataFrame, scores: pd.DataFrame) -> go.Figure:
     span = float(np.abs(table.to_numpy()).max()) or 1.0
     alt = f"Mean S_p of {table.shape[1]} experts in each of {table.shape[0]} layers, within ±{span:.2f}."
     return _heat(table, title="Mean S_p of each expert", unit="S_p", alt=alt, scale=DIVERGING, span=span, digits=".1f")
-
-
-def quote(text: str) -> str:
-    """Text as an escaped HTML quotation for use in Markdown."""
-    return f"<blockquote>{html.escape(text).replace(chr(10), '<br>')}</blockquote>"

@@ -26,7 +26,9 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     torch.manual_seed(0)
-    model = models.new_model(vocab_size=300, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=32, max_length=64)
+    model = models.new_model(
+        vocab_size=300, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=32, max_length=64
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -25,10 +25,12 @@ def z(x: np.ndarray) -> np.ndarray:
 def test_sp_is_the_documents_formula(neurons: pd.DataFrame, scope: str) -> None:
     found = score.sp(score.feature_table(neurons, scope), w_act=2.0, w_grad=0.5, w_freq=3.0)
     expected = np.empty(20)
-    for rows in ([slice(0, 10), slice(10, 20)] if scope == "layer" else [slice(0, 20)]):
+    for rows in [slice(0, 10), slice(10, 20)] if scope == "layer" else [slice(0, 20)]:
         part = neurons.iloc[rows]
         expected[rows] = (
-            2 * z(np.log(part["act"].to_numpy())) - 0.5 * z(np.log(part["grad"].to_numpy())) + 3 * z(part["freq"].to_numpy())
+            2 * z(np.log(part["act"].to_numpy()))
+            - 0.5 * z(np.log(part["grad"].to_numpy()))
+            + 3 * z(part["freq"].to_numpy())
         )
     np.testing.assert_allclose(found, expected, atol=1e-12)
 

@@ -98,5 +98,10 @@ def test_changed_lists_default_and_value() -> None:
 
 
 def test_cells_with_constants_are_parameters_and_nothing_else_is() -> None:
-    cells = ["# Mirrors\ntokens = 5  # few\nname = 'x'", "# Parameters\ntokens = 2 * 10**3", "n = len([])\nm = 3", "import os"]
+    cells = [
+        "# Mirrors\ntokens = 5  # few\nname = 'x'",
+        "# Parameters\ntokens = 2 * 10**3",
+        "n = len([])\nm = 3",
+        "import os",
+    ]
     assert assigned(cells) == {"tokens": 2000, "name": "x"}

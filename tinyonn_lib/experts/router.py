@@ -1,7 +1,9 @@
 """Train a fresh router over frozen experts (document 000 §3).
 
 Two stages over the same loop: layer-local distillation, in which each layer's router learns which experts matter for
-the token it sees, from the dense layer itself; then the language-model loss through the whole divided model.
+the token it sees, from the dense layer itself; then the language-model loss through the whole divided model. Because
+the divided model runs as the dense one with scaled neurons, the output of experts that were *not* chosen is at hand,
+too, and the loss can say whether choosing them would have helped.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from tinyonn_lib.experts.assemble import GatedFFN, dense_weight
 from tinyonn_lib.experts.partition import Partition
-from tinyonn_lib.experts.routing import Scale, energies, linear_router, scaled, top_mask
+from tinyonn_lib.experts.routing import Scale, energies, expert_of, scaled, top_mask
 
 Fit = Callable[..., pd.DataFrame]
 """`lm.train.fit`, handed in: this package knows no training loop of its own."""
@@ -45,7 +47,8 @@ def distil(
     """Stage one, layer-local: each router learns to name the k experts that add most to the dense layer's output.
 
     The dense model runs unchanged; per layer and token the target is the oracle's choice (the k largest
-    ‖W_down,e h_e‖₂) and the loss binary cross-entropy per expert. Trains `routers` in place.
+    ‖W_down,e h_e‖₂) and the loss binary cross-entropy per expert, weighted by that norm, because to miss a loud expert
+    costs more. Trains `routers` in place.
 
     Args:
         batch: step → token ids `(B, T)`.
@@ -59,10 +62,12 @@ def distil(
 
     def watch(layer: int) -> Scale:
         def scale(x: Tensor, h: Tensor) -> Tensor:
-            target = top_mask(energy[layer](h), k)
+            norms = energy[layer](h).sqrt()
+            weight = norms / norms.mean(-1, keepdim=True).clamp(min=1e-30)
             with torch.enable_grad():
                 logits = x.float() @ routers[layer].T
-                found[get_ident()].append(F.binary_cross_entropy_with_logits(logits, target))
+                loss = F.binary_cross_entropy_with_logits(logits, top_mask(norms, k), weight)
+            found[get_ident()].append(loss)
             return h.new_ones(())
 
         return scale
@@ -78,14 +83,16 @@ def distil(
         return fit(list(routers), loss, batch, optimizer, steps=steps, **options)
 
 
-@torch.no_grad()
-def soften(routers: Sequence[nn.Parameter], spread: float) -> None:
-    """Shrink each router so that its rows have standard deviation `spread`: same choices, gates close to 1.
+def soften(routers: Sequence[Tensor], spread: float) -> list[Tensor]:
+    """Each router scaled to a standard deviation of `spread`: the same choices, softmax gates close to 1.
 
-    After stage one the logits are sure of themselves; as softmax gates they would silence all but one expert.
+    After stage one the logits are sure of themselves; as they stand they would silence all but one expert.
     """
-    for weight in routers:
-        weight.sub_(weight.mean(0)).mul_(spread / weight.std())
+    return [(w * temper).detach() for w, temper in zip(routers, _tempers(routers, spread), strict=True)]
+
+
+def _tempers(routers: Sequence[Tensor], spread: float) -> list[float]:
+    return [spread / float(w.detach().std()) for w in routers]
 
 
 def train(
@@ -99,22 +106,51 @@ def train(
     k: int,
     steps: int,
     lr: float,
+    gate_spread: float = 0.01,
+    temperature: float = 0.2,
     **options: Any,
 ) -> pd.DataFrame:
     """Stage two: next-token loss through the whole divided model, experts and everything else frozen.
 
-    The gates are those of the exported checkpoint, so choosing an expert and weighing it are learned together.
-    Arguments and result as in `distil`; `loss` is nats per token.
+    Forward as the exported checkpoint computes it: the k largest logits, gates `experts · softmax(temper · logits)`.
+    Backward also through the choice: straight through a sigmoid of the distance to the k-th logit (Bengio et al. 2013,
+    arXiv:1308.3432), for chosen and unchosen experts alike.
+
+    Args:
+        gate_spread: standard deviation to which the router is scaled for its gates; see `soften`.
+        temperature: width of that sigmoid, in logits.
+
+    Returns:
+        The history of `fit`; `loss` is nats per token. `routers` hold the scaled weights, ready for export.
     """
     model.requires_grad_(False)
+    tempers = _tempers(routers, gate_spread)
+
+    def layer_scale(weight: Tensor, index: Tensor, temper: float) -> Scale:
+        owner = expert_of(index)
+
+        def scale(x: Tensor, h: Tensor) -> Tensor:
+            logits = x.float() @ weight.T
+            top = logits.detach().topk(min(k + 1, weight.shape[0]), dim=-1).values
+            border = top[..., k - 1 : k + 1].mean(-1, keepdim=True)
+            soft = torch.sigmoid((logits - border) / temperature)
+            gates = top_mask(logits.detach(), k) * (temper * logits).softmax(-1) * weight.shape[0]
+            return (gates + soft - soft.detach()).to(h)[..., owner]
+
+        return scale
 
     def loss(ids: Tensor) -> Tensor:
         logits = model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
     optimizer = torch.optim.AdamW(routers, lr=lr, weight_decay=0.0)
-    with scaled(ffns, linear_router(routers, partition, k)):
-        return fit(list(routers), loss, batch, optimizer, steps=steps, **options)
+    scales = [layer_scale(*parts) for parts in zip(routers, partition.experts, tempers, strict=True)]
+    with scaled(ffns, scales):
+        history = fit(list(routers), loss, batch, optimizer, steps=steps, **options)
+    with torch.no_grad():
+        for weight, temper in zip(routers, tempers, strict=True):
+            weight.mul_(temper)
+    return history
 
 
 @torch.no_grad()

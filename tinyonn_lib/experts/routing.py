@@ -109,21 +109,19 @@ def dropped_mean(
     return shifts
 
 
-def linear_router(weights: Sequence[Tensor], partition: Partition, k: int, *, unit: bool = False) -> list[Scale]:
+def linear_router(weights: Sequence[Tensor], partition: Partition, k: int) -> list[Scale]:
     """A linear top-k router per layer, `weights[l]` `(experts, d_model)`, as Qwen3Moe computes it.
 
     Gates are `experts · softmax(x Wᵀ)` on the k largest (the exported `down_proj` carries the factor), so a zero
-    router with every expert on is the dense model. `unit` gives the chosen experts gate 1.
+    router with every expert on is the dense model.
     """
 
     def layer_scale(weight: Tensor, index: Tensor) -> Scale:
         owner = expert_of(index)
 
         def scale(x: Tensor, h: Tensor) -> Tensor:
-            gates = (x.float() @ weight.T).softmax(-1)
-            chosen = top_mask(gates.detach(), k)
-            gate = chosen if unit else gates * chosen * weight.shape[0]
-            return gate.to(h)[..., owner]
+            gates = (x.float() @ weight.detach().T).softmax(-1)
+            return (gates * top_mask(gates, k) * weight.shape[0]).to(h)[..., owner]
 
         return scale
 

@@ -32,15 +32,16 @@ def divided(source: str | Path, seed: int, limit: int | None = None) -> pd.DataF
 
 
 def draw(texts: pd.DataFrame, tokenizer: Any, tokens: int, length: int, seed: int) -> pd.DataFrame:
-    """Texts in a random order, tokenised, until the budget of tokens is reached.
+    """Texts in a random order, tokenised and cut into pieces, until the budget of tokens is reached.
 
     Args:
         texts: columns `text` and `source`.
         tokens: budget; the last sample is the one that reaches it.
-        length: longest sample in tokens; longer texts are cut.
+        length: longest sample in tokens; a longer text gives several samples, one after the other.
 
     Returns:
-        Columns `text, source, ids`; `ids` begins with the start token, so that a text's first token is predicted, too.
+        One row per sample, `source, ids, text`: its token ids and the text they stand for. A text's first sample begins
+        with the start token, so that the text's first token is predicted, too.
 
     Raises:
         BenchError: no text is left.
@@ -48,16 +49,18 @@ def draw(texts: pd.DataFrame, tokenizer: Any, tokens: int, length: int, seed: in
     start, rows, total = start_token(tokenizer), [], 0
     for place in np.random.default_rng(seed).permutation(len(texts)):
         text, source = texts["text"].iat[place], texts["source"].iat[place]
-        ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]][:length]
-        if len(ids) < 2:
-            continue
-        rows.append((text, source, ids))
-        total += len(ids)
+        ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        for begin in range(0, len(ids), length):
+            piece = ids[begin : begin + length]
+            if len(piece) < 2 or total >= tokens:
+                break
+            rows.append((source, piece, tokenizer.decode(piece, skip_special_tokens=True)))
+            total += len(piece)
         if total >= tokens:
             break
     if not rows:
         raise BenchError("No text to draw samples from: the split is empty; give more texts or a larger share.")
-    return pd.DataFrame(rows, columns=["text", "source", "ids"])
+    return pd.DataFrame(rows, columns=["source", "ids", "text"])
 
 
 def blocks(samples: pd.DataFrame, length: int) -> torch.Tensor:

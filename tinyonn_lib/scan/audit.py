@@ -66,9 +66,7 @@ def missing(layer: Layer, sample: int) -> str:
             )
     seen = max(fired["dh"], fired["gradients"], *(fired[f"grad of {name}"] for name in ("gate", "up", "down")))
     if seen > calls:
-        return (
-            f"{where}: {seen} backward passes, expected {calls}; call end_sample() after each, or set calls={seen}"
-        )
+        return f"{where}: {seen} backward passes, expected {calls}; call end_sample() after each, or set calls={seen}"
     return (
         f"{where}: {seen} of {calls} gradients arrived. Call backward() on the loss before end_sample(), or pass "
         "gradients=False to watch forwards only"

@@ -67,9 +67,7 @@ class Store:
         """Give the connections back; the data stay."""
         self._redis.close()
 
-    def begin(
-        self, layout: Layout, fingerprint: Mapping[str, object], *, worker: str = "", share: str = ""
-    ) -> None:
+    def begin(self, layout: Layout, fingerprint: Mapping[str, object], *, worker: str = "", share: str = "") -> None:
         """Start the scan, or make sure that it may be continued.
 
         Args:

@@ -52,9 +52,7 @@ class PhaseInfo(Protocol):
 StatusOf = Callable[[Path, Any], str]
 
 
-def publish(
-    runs_root: Path, reports_root: Path, phases: Sequence[PhaseInfo], status_of: StatusOf
-) -> Path:
+def publish(runs_root: Path, reports_root: Path, phases: Sequence[PhaseInfo], status_of: StatusOf) -> Path:
     """Build missing and outdated reports, copy them to `reports_root/<run>/<phase>.html`, write the index; its path.
 
     Looks only at time stamps when nothing changed. A notebook that cannot be read (torn by a kill) gets no report.

@@ -140,6 +140,8 @@ class Router(Params):
     length: Annotated[int, Field(ge=8)]
     lr_warm: Positive
     lr: Positive
+    gate_spread: Positive
+    temperature: Positive
     eval_tokens: Count
     seed: Seed
 
