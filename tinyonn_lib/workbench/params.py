@@ -130,9 +130,9 @@ def parameters_cell(phase: Phase) -> str:
     """The source of the notebook's `parameters` cell: the YAML file, as Python."""
     notes = comments(phase)
     lines = [f"# Mirrors params/{phase.name}.yaml; change it there, then `tinyonn sync`."]
-    lines += [
-        f"{key} = {value!r}" + (f"  # {notes[key]}" if notes[key] else "") for key, value in defaults(phase).items()
-    ]
+    for key, value in defaults(phase).items():
+        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        lines.append(f"{key} = {shown}  # {notes[key]}")
     return "\n".join(lines)
 
 
