@@ -37,6 +37,7 @@ def test_notebooks_mirror_params() -> None:
         ("lr: 1e-4  # rate", "1.0e-4"),
         ("lr: ${other}  # rate", "interpolation"),
         ("lr: 0.1", "no comment"),
+        ("lr: 0.1  # " + "long " * 25, "longer than 116"),
         ("  nested: 1  # deep", "not a flat"),
     ],
 )

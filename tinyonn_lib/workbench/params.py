@@ -171,6 +171,8 @@ def lint(paths: Sequence[Path]) -> list[str]:
                 found.append(f"{where}: write {match['value']} as 1.0e-4, with a point and a sign")
             elif match and "${" in match["value"]:
                 found.append(f"{where}: interpolation would reach papermill unresolved")
+            elif match and len(" ".join(line.split())) > 116:
+                found.append(f"{where}: longer than 116 characters; the notebook's cell would wrap")
             elif match and not match["comment"]:
                 found.append(f"{where}: {match['key']} has no comment with meaning and unit")
     return found
