@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 class Loss:
     """Negative log-likelihood per sample.
 
-    Attributes
-    ----------
-    nats
-        Sum over the sample's predicted tokens, `(samples,)`, float64.
-    tokens
-        Predicted tokens, `(samples,)`.
+    Attributes:
+        nats: Sum over the sample's predicted tokens, `(samples,)`, float64.
+        tokens: Predicted tokens, `(samples,)`.
     """
 
     nats: NDArray[np.float64]
@@ -79,15 +76,11 @@ def paired(
 ) -> Difference:
     """ΔNLL with a paired bootstrap interval (Efron & Tibshirani 1993, §6.4).
 
-    Parameters
-    ----------
-    losses
-        One `Loss` per seed of the method; their nats are averaged per sample before resampling.
-    reference
-        What they are compared with, on the same samples.
-    groups
-        What each sample belongs to, such as its source file: samples of one group are drawn together, because they
-        are not independent.
+    Args:
+        losses: One `Loss` per seed of the method; their nats are averaged per sample before resampling.
+        reference: What they are compared with, on the same samples.
+        groups: What each sample belongs to, such as its source file: samples of one group are not independent and are
+            drawn together.
     """
     reference = [reference] if isinstance(reference, Loss) else reference
     tokens = losses[0].tokens

@@ -59,10 +59,8 @@ def dense_weight(linear: Any) -> Tensor:
 def assemble(ffns: Sequence[GatedFFN], partition: Partition) -> Iterator[list[TinyONNExpert]]:
     """The experts of one layer after the other, so that only one layer is held twice.
 
-    Raises
-    ------
-    BenchError
-        The partition belongs to a model of another depth or width, or leaves out or doubles a neuron.
+    Raises:
+        BenchError: The partition belongs to a model of another depth or width, or leaves out or doubles a neuron.
     """
     if len(ffns) != len(partition.experts):
         raise BenchError(

@@ -32,10 +32,8 @@ WIDTH_STEP = 8
 def target_config(dense: Any, partition: Partition, k: int) -> Any:
     """The MoE configuration: the dense one's own fields plus the experts' shape.
 
-    Raises
-    ------
-    BenchError
-        No standard MoE class continues this dense class.
+    Raises:
+        BenchError: No standard MoE class continues this dense class.
     """
     from transformers import AutoConfig
 
@@ -76,15 +74,11 @@ def export(
 ) -> Path:
     """Write the divided model to `folder`: config, safetensors, tokenizer, generation config and a model card.
 
-    Parameters
-    ----------
-    k
-        Active experts per token that the config asks for; all of them when None. It stays adjustable at load:
-        `from_pretrained(folder, num_experts_per_tok=k)`.
-    routers
-        Per layer the router's rows `(experts, d_model)`; zero when None, which is exact with every expert on.
-    card
-        Facts for the model card, printed as a table.
+    Args:
+        k: Active experts per token that the config asks for; all of them when None. It stays adjustable at load:
+            `from_pretrained(folder, num_experts_per_tok=k)`.
+        routers: Per layer the router's rows `(experts, d_model)`; zero when None, which is exact with every expert on.
+        card: Facts for the model card, printed as a table.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -145,14 +139,11 @@ print(json.dumps({
 def verify(folder: Path, dense: nn.Module, tokens: Tensor) -> dict[str, Any]:
     """Load `folder` in a fresh process that cannot import this package and compare its logits with `dense`.
 
-    Parameters
-    ----------
-    tokens
-        Token ids `(B, T)`.
+    Args:
+        tokens: Token ids `(B, T)`.
 
-    Returns
-    -------
-    `relative_error` (max |Δlogits| / max |logits|), `class`, `missing` and `unexpected` keys, `generated` text.
+    Returns:
+        `relative_error` (max |Δlogits| / max |logits|), `class`, `missing` and `unexpected` keys, `generated` text.
     """
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch, "ids.npy"), Path(scratch, "logits.npy")

@@ -23,12 +23,9 @@ from tinyonn_lib.experts.score import FEATURES
 class Partition:
     """Neuron → expert, layer by layer.
 
-    Attributes
-    ----------
-    method
-        Name in `METHODS`.
-    experts
-        Per layer an int64 tensor `(experts, size)`: row e lists expert e's neurons, ascending.
+    Attributes:
+        method: Name in `METHODS`.
+        experts: Per layer an int64 tensor `(experts, size)`: row e lists expert e's neurons, ascending.
     """
 
     method: str
@@ -97,15 +94,11 @@ METHODS: dict[str, Labels] = {"sp": _sp, "random": _random}
 def partition(method: str, scores: pd.DataFrame, experts: int, seed: int = 0) -> Partition:
     """Divide every layer's neurons among `experts` experts of equal size.
 
-    Parameters
-    ----------
-    scores
-        One row per neuron: `layer, neuron, sp` and the columns of `FEATURES`.
+    Args:
+        scores: One row per neuron: `layer, neuron, sp` and the columns of `FEATURES`.
 
-    Raises
-    ------
-    BenchError
-        Unknown method, or a number of experts that does not divide the layer.
+    Raises:
+        BenchError: Unknown method, or a number of experts that does not divide the layer.
     """
     if method not in METHODS:
         raise BenchError(f"There is no partition method '{method}'; known: {', '.join(METHODS)}.")

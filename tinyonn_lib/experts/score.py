@@ -29,16 +29,12 @@ def log_floor(values: pd.Series) -> pd.Series:
 def feature_table(neurons: pd.DataFrame, scope: str = "layer") -> pd.DataFrame:
     """Z-scored features of every neuron.
 
-    Parameters
-    ----------
-    neurons
-        One row per neuron, as `scan.statistics.neurons_table` gives it.
-    scope
-        `"layer"` (z within the layer) or `"global"`.
+    Args:
+        neurons: One row per neuron, as `scan.statistics.neurons_table` gives it.
+        scope: `"layer"` (z within the layer) or `"global"`.
 
-    Returns
-    -------
-    Frame with `layer`, `neuron` and the columns of `FEATURES`, in the order given.
+    Returns:
+        Frame with `layer`, `neuron` and the columns of `FEATURES`, in the order given.
     """
     used = ["act", "grad", "freq", "saliency"]
     bad = ~np.isfinite(neurons[used]).all(axis=1)

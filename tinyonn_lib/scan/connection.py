@@ -26,7 +26,7 @@ class Connection:
         redis: the client; call it through `attempt`.
         address: the URL without password.
 
-    Errors:
+    Raises:
         BenchError: URL that cannot be understood.
     """
 
@@ -57,7 +57,7 @@ class Connection:
             call: commands on `redis`.
             safe: what is safe should the server be gone for good, for the message.
 
-        Errors:
+        Raises:
             BenchError: server gone, password refused, command refused. `redis.WatchError` passes through.
         """
         from redis import exceptions as errors

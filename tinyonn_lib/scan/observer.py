@@ -59,7 +59,7 @@ class Observer:
         samples: samples closed so far, including those of `load`.
         methods: how often each method was used, per weight and sample.
 
-    Errors:
+    Raises:
         BenchError: a target that never fired or fired twice in a sample; a compiled, offloaded or
             repacked module; NaN or infinity (raised by `totals` and `check`, naming layer and sample).
     """
@@ -141,7 +141,7 @@ class Observer:
     def end_sample(self) -> None:
         """Close the sample: check that every target fired, add its sums to the totals.
 
-        Errors:
+        Raises:
             BenchError: a target did not fire, or fired more than once; the sample is discarded.
         """
         gradients = self._watch.gradients
@@ -171,7 +171,7 @@ class Observer:
     def check(self) -> None:
         """Wait for the device and refuse totals that hold NaN or infinity.
 
-        Errors:
+        Raises:
             BenchError: naming the layer, the sample (counted from the first one of the scan) and whether
                 activations or gradients went wrong first.
         """
@@ -195,7 +195,7 @@ class Observer:
     def totals(self) -> Totals:
         """Everything of the closed samples, on the host (waits for the device).
 
-        Errors:
+        Raises:
             BenchError: as `check`.
         """
         self.check()

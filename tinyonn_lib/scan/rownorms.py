@@ -112,7 +112,7 @@ def row_norms(x: Tensor, g: Tensor, method: str = "auto") -> Tensor:
     Returns:
         (d_out,) in fp32 (fp64 for fp64 inputs), units of the loss per weight.
 
-    Errors:
+    Raises:
         BenchError: unknown method, or X and G with different numbers of tokens.
     """
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])

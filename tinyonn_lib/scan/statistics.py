@@ -116,7 +116,7 @@ class Totals:
 def merge(parts: Iterable[Totals]) -> Totals:
     """Add totals of several workers. Parts are added in the order given (float64 sums depend on it).
 
-    Errors:
+    Raises:
         BenchError: no part, or parts of different layouts.
     """
     parts = list(parts)

@@ -36,7 +36,7 @@ class Store:
         scan_id: name of the scan on that server; letters, digits and `._-/` only.
         retry_seconds: how long a lost connection is retried before giving up.
 
-    Errors:
+    Raises:
         BenchError: URL that cannot be understood; from every method when the server cannot be reached,
             refuses the password, or refuses the write. Passwords never appear in messages.
     """
@@ -75,7 +75,7 @@ class Store:
             fingerprint: JSON-able facts that must not change within a scan (model, data, parameters).
             worker, share: name of this worker and hash of its share of the samples, which must not change either.
 
-        Errors:
+        Raises:
             BenchError: the scan exists with another fingerprint or layout; the line names what differs.
         """
         wanted = {
@@ -114,7 +114,7 @@ class Store:
         Returns:
             The new epoch, 1 for the first commit.
 
-        Errors:
+        Raises:
             BenchError: no connection within `retry_seconds` (the line says up to where all is safe), or
                 another process writes as the same worker.
         """
@@ -166,7 +166,7 @@ class Store:
     def layout(self) -> Layout | None:
         """The layout the scan was begun with, None when it was not begun.
 
-        Errors:
+        Raises:
             BenchError: written by another version of the layout.
         """
         text = self._try(lambda: self._redis.hget(self._key("meta"), "layout"))
@@ -187,7 +187,7 @@ class Store:
     def totals(self) -> Totals:
         """Sum over all workers, added in the order of their names.
 
-        Errors:
+        Raises:
             BenchError: no worker has committed anything.
         """
         layout = self.layout()

@@ -20,10 +20,8 @@ NO_SPACE = ("No space left on device", "os error 28", "Disk quota exceeded")
 def execute(phase: Phase, values: Mapping[str, Any]) -> None:
     """Execute the notebook into its run folder, build the report, then seal the manifest.
 
-    Raises
-    ------
-    BenchError
-        The phase failed. The partial notebook stays in the folder, checkpoints stay, no manifest appears.
+    Raises:
+        BenchError: The phase failed. The partial notebook stays in the folder, checkpoints stay, no manifest appears.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError

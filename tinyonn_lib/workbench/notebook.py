@@ -15,16 +15,12 @@ from tinyonn_lib.workbench.runs import Run, open_run
 def start(phase: str, namespace: Mapping[str, Any]) -> tuple[Any, Run]:
     """Check the parameters that the cells above set and open the run folder.
 
-    Parameters
-    ----------
-    phase
-        Name of the phase, such as `"scan"`.
-    namespace
-        The notebook's `globals()`.
+    Args:
+        phase: Name of the phase, such as `"scan"`.
+        namespace: The notebook's `globals()`.
 
-    Returns
-    -------
-    The parameters as a frozen object (`p.tokens`) and the `Run`.
+    Returns:
+        The parameters as a frozen object (`p.tokens`) and the `Run`.
     """
     chosen = PHASES[phase]
     values = assigned([str(source) for source in namespace.get("In", [])])

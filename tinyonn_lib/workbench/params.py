@@ -39,10 +39,8 @@ def comments(phase: Phase) -> dict[str, str]:
 def validate(phase: Phase, values: Mapping[str, Any]) -> Params:
     """Check one set of values against the phase's model.
 
-    Raises
-    ------
-    BenchError
-        One line naming the key, its value and what is allowed; the first problem only.
+    Raises:
+        BenchError: One line naming the key, its value and what is allowed; the first problem only.
     """
     known = phase.schema.model_fields
     for key in values:

@@ -76,10 +76,8 @@ def find(phase: str, run: str, base: str = "") -> tuple[Path, dict[str, Any]] | 
 def input_digests(phase: Phase, values: Mapping[str, Any]) -> dict[str, str]:
     """`{input phase: digest of its manifest}` for a run.
 
-    Raises
-    ------
-    BenchError
-        An input is not there, or was itself made from something that has changed since; it says what to run.
+    Raises:
+        BenchError: An input is not there, or was made from something that has changed since; it says what to run.
     """
     run, found = str(values["run"]), {}
     for name in phase.reads(values):
