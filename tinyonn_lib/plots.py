@@ -68,19 +68,22 @@ def _plain(value: Any) -> str | float | int:
     return str(value)
 
 
-def loss_curves(history: pd.DataFrame, *, smooth: int = 20, thumbnail: bool = False) -> go.Figure:
+def loss_curves(
+    history: pd.DataFrame, *, unit: str = "nats per token", smooth: int = 20, thumbnail: bool = False
+) -> go.Figure:
     """Training loss over tokens, one line per `model`; `history` has `model, tokens, loss`."""
     figure = go.Figure()
+    said, ends = [], []
     for name, rows in history.groupby("model", sort=False):
         line = rows["loss"].rolling(smooth, min_periods=1).mean()
         figure.add_scatter(x=rows["tokens"], y=line, mode="lines", name=html.escape(str(name)))
-    figure.update_layout(title=f"Training loss, mean of {smooth} steps")
+        said.append(f"{name} from {rows['loss'].iloc[0]:.2f} to {line.iloc[-1]:.2f}")
+        ends.append(rows.iloc[[0, -1]])
+    figure.update_layout(title=f"Training loss, mean of {smooth} steps", showlegend=True)
     figure.update_xaxes(title="tokens seen")
-    figure.update_yaxes(title="nats per token")
-    by_model = history.groupby("model", sort=False)
-    ends = ", ".join(f"{name} ends at {rows['loss'].tail(smooth).mean():.2f}" for name, rows in by_model)
-    last = by_model.tail(1)
-    return describe(figure, f"Training loss falls with tokens seen: {ends} nats per token.", last, thumbnail=thumbnail)
+    figure.update_yaxes(title=unit)
+    alt = f"Training loss over tokens seen: {', '.join(said)} {unit}."
+    return describe(figure, alt, pd.concat(ends), thumbnail=thumbnail)
 
 
 def bars(
@@ -340,17 +343,18 @@ def intervals(table: pd.DataFrame, *, title: str) -> go.Figure:
     alt = "ΔNLL, nats per token: " + ", ".join(f"{r.method} {r.mean:+.3f}" for r in table.itertuples()) + "."
     rows = table.iloc[::-1]
     figure = go.Figure(
-        go.Scatter(
+        go.Bar(
             x=rows["mean"],
             y=rows["method"].map(lambda v: html.escape(str(v))),
-            mode="markers+text",
-            text=rows["mean"].map(lambda v: f"{v:+.3f}"),
-            textposition="top center",
-            marker={"size": 9, "color": ACCENT},
-            error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"]},
+            orientation="h",
+            marker_color=[ACCENT if "router" in method else QUIET for method in rows["method"]],
+            text=[f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in rows.itertuples()],
+            textposition="outside",
+            cliponaxis=False,
+            error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "thickness": 1},
         )
     )
-    figure.update_layout(title=title, margin={"l": 200})
+    figure.update_layout(title=title, margin={"r": 170})
     figure.update_xaxes(title="ΔNLL (nats per token, lower is better)", rangemode="tozero")
     return describe(figure, alt, table, thumbnail=True)
 

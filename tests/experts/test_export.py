@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tinyonn_lib.errors import BenchError
@@ -32,6 +33,9 @@ def test_stranger_loads_it_and_gets_the_dense_logits(tiny: Tiny, tok: PreTrained
     config = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config
     assert "| partition | sp |" in (folder / "README.md").read_text()
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert weights.metadata() == {"format": "pt"}  # a second entry would make the file's hash random
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118; tied
 
 
 def test_routers_and_k_travel_and_k_stays_adjustable(tiny: Tiny, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:

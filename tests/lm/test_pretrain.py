@@ -11,7 +11,7 @@ import torch
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import texts
 from tinyonn_lib.lm.judge import _windows
-from tinyonn_lib.lm.pretrain import _batches, bits_per_byte, pretrain, sample
+from tinyonn_lib.lm.pretrain import bits_per_byte, pretrain, sample
 from tinyonn_lib.lm.tokenizer import train_bpe
 
 TEXTS = [f"the cat number {i} sat on the mat, and the dog ate the hat of Größe {i % 7}." for i in range(400)]
@@ -32,14 +32,6 @@ def test_pretraining_learns_and_beats_the_start(tiny: Callable[..., Any]) -> Non
 def test_budget_by_seconds_keeps_its_steps(tiny: Callable[..., Any], tmp_path: Path) -> None:
     runs = [pretrain(BLOCKS, tiny(), seconds=1.0, shards=1, batch=4, checkpoint=tmp_path / "c.pt") for _ in range(2)]
     assert len(runs[0]) == len(runs[1]) >= 1  # the second call finds steps and result of the first
-
-
-def test_each_block_once_per_epoch() -> None:
-    blocks = torch.arange(10)[:, None].repeat(1, 2)
-    at = _batches(blocks, 4, 0, torch.device("cpu"))
-    order = torch.cat([at(step)[:, 0] for step in range(5)]).tolist()
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert order[:10] != order[10:]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,9 @@ def export(
     config.save_pretrained(folder)
     names = {id(module): name for name, module in model.named_modules()}
     replaced = {f"{names[id(m)]}.weight" for ffn in ffns for m in (ffn.gate, ffn.up, ffn.down)}
-    state = {key: value.detach() for key, value in model.state_dict().items() if key not in replaced}
+    # Tied weights under one name: the others would go into the file's metadata, in an order that differs each time.
+    once = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named} - replaced
+    state = {key: value.detach() for key, value in model.state_dict().items() if key in once}
     for layer, experts in enumerate(assemble(ffns, partition)):
         prefix = names[id(ffns[layer].module)]
         for e, expert in enumerate(experts):

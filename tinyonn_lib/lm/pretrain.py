@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.judge import bits_per_byte, sample
+from tinyonn_lib.lm.samples import shuffled
 from tinyonn_lib.lm.threads import default_shards
 from tinyonn_lib.lm.train import Progress, Schedule, fit
 
@@ -86,7 +86,7 @@ def pretrain(
 
     def run(target: PreTrainedModel, steps: int, loss: Callable[[Tensor], Tensor], **more: Any) -> pd.DataFrame:
         opts = _optimizers(target, lr_matrix, lr_embedding, weight_decay, momentum, shards)
-        source = _batches(train_blocks, batch, seed, device)
+        source = shuffled(train_blocks, batch, seed, device)
         return fit(target, loss, source, opts, steps=steps, warmup_steps=min(warmup_steps, steps // 4), clip=clip,
                    decay_share=decay_share, schedule=schedule, shards=shards, **more)  # fmt: skip
 
@@ -145,21 +145,6 @@ def _loss(model: PreTrainedModel, autocast: Callable[[], torch.autocast]) -> Cal
         return F.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].reshape(-1))
 
     return loss
-
-
-def _batches(blocks: Tensor, batch: int, seed: int, device: torch.device) -> Callable[[int], Tensor]:
-    """step → (batch, length): all blocks once in a shuffled order, then all again in another."""
-    count = len(blocks)
-    orders: dict[int, np.ndarray] = {}
-
-    def at(step: int) -> Tensor:
-        places = np.arange(step * batch, (step + 1) * batch)
-        for epoch in {int(e) for e in places // count} - orders.keys():
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
-        picked = [orders[int(place // count)][place % count] for place in places]
-        return blocks[torch.as_tensor(np.array(picked))].to(device)
-
-    return at
 
 
 def _optimizers(

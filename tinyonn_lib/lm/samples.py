@@ -1,4 +1,4 @@
-"""Samples for scanning, training and judging: which texts, in which order, how many tokens."""
+"""Samples for scanning and judging, batches for training: which texts, in which order, how many tokens."""
 
 from __future__ import annotations
 
@@ -32,35 +32,36 @@ def divided(source: str | Path, seed: int, limit: int | None = None) -> pd.DataF
 
 
 def draw(texts: pd.DataFrame, tokenizer: Any, tokens: int, length: int, seed: int) -> pd.DataFrame:
-    """Texts in a random order, tokenised and cut into pieces, until the budget of tokens is reached.
+    """Texts tokenised and cut into pieces; pieces in a random order until the budget of tokens is reached.
 
     Args:
         texts: columns `text` and `source`.
         tokens: budget; the last sample is the one that reaches it.
-        length: longest sample in tokens; a longer text gives several samples, one after the other.
+        length: longest piece in tokens.
 
     Returns:
-        One row per sample, `source, ids, text`: its token ids and the text they stand for. A text's first sample begins
+        One row per sample, `source, ids, text`: its token ids and the text they stand for. A text's first piece begins
         with the start token, so that the text's first token is predicted, too.
 
     Raises:
         BenchError: no text is left.
     """
-    start, rows, total = start_token(tokenizer), [], 0
-    for place in np.random.default_rng(seed).permutation(len(texts)):
-        text, source = texts["text"].iat[place], texts["source"].iat[place]
-        ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-        for begin in range(0, len(ids), length):
-            piece = ids[begin : begin + length]
-            if len(piece) < 2 or total >= tokens:
-                break
-            rows.append((source, piece, tokenizer.decode(piece, skip_special_tokens=True)))
-            total += len(piece)
-        if total >= tokens:
-            break
-    if not rows:
+    start = start_token(tokenizer)
+    rows = texts["text"].tolist()
+    encoded = tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"] if rows else []
+    pieces = [
+        (source, piece)
+        for source, ids in zip(texts["source"], encoded, strict=True)
+        for begin in range(0, len(ids) + 1, length)
+        if len(piece := [start, *ids][begin : begin + length]) > 1
+    ]
+    if not pieces:
         raise BenchError("No text to draw samples from: the split is empty; give more texts or a larger share.")
-    return pd.DataFrame(rows, columns=["source", "ids", "text"])
+    order = np.random.default_rng(seed).permutation(len(pieces))
+    sizes = np.cumsum([len(pieces[i][1]) for i in order])
+    chosen = [pieces[i] for i in order[: int(np.searchsorted(sizes, tokens)) + 1]]
+    found = [(source, piece, tokenizer.decode(piece, skip_special_tokens=True)) for source, piece in chosen]
+    return pd.DataFrame(found, columns=["source", "ids", "text"])
 
 
 def blocks(samples: pd.DataFrame, length: int) -> torch.Tensor:
@@ -76,14 +77,20 @@ def blocks(samples: pd.DataFrame, length: int) -> torch.Tensor:
     return stream[: count * length].view(count, length)
 
 
-def shuffled(rows: torch.Tensor, batch: int, seed: int) -> Callable[[int], torch.Tensor]:
-    """A function step → `(batch, length)` rows, in a new random order each epoch; a pure function of the step."""
+def shuffled(
+    rows: torch.Tensor, batch: int, seed: int, device: torch.device | None = None
+) -> Callable[[int], torch.Tensor]:
+    """A function step → `(batch, length)`: all rows once in a random order, then all again in another.
+
+    A pure function of the step, so that a resumed training sees what an uninterrupted one would.
+    """
+    orders: dict[int, np.ndarray] = {}
 
     def at(step: int) -> torch.Tensor:
         places = np.arange(step * batch, (step + 1) * batch)
-        orders = {
-            e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in {int(i // len(rows)) for i in places}
-        }
-        return rows[torch.tensor([orders[int(i // len(rows))][i % len(rows)] for i in places])]
+        for epoch in {int(e) for e in places // len(rows)} - orders.keys():
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        picked = [orders[int(place // len(rows))][place % len(rows)] for place in places]
+        return rows[torch.as_tensor(np.array(picked))].to(device or rows.device)
 
     return at

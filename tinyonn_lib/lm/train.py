@@ -78,7 +78,8 @@ def fit(
             optimizers then step side by side. Taken as 1 on a GPU.
         checkpoint: private file for resuming, written every `every_seconds` and at the end; delete it when the
             result is safe. It is used only if settings, starting values, first batch and `tag` are the same.
-        progress: called with (steps done, steps, note), at most five times a second and at the end.
+        progress: called with (steps done, steps, note), at most five times a second and at the end, and once before
+            the first step with a note "going on …" when a checkpoint was found.
         timing: filled with seconds, tokens_per_second (of this call) and resumed_from (step). Apart from the
             history, because artefacts must not differ between two runs.
 
@@ -108,6 +109,8 @@ def fit(
         found = resume.restore(checkpoint, key, params, module, opts)
         if found is not None:
             start, history = found
+            if progress is not None:
+                progress(start, steps, "going on from the last checkpoint")
     pending: list[tuple[int, int, Tensor, float, Tensor]] = []
     tokens_before = tokens = int(history["tokens"][-1]) if start else 0
     began = saved = shown = time.monotonic()

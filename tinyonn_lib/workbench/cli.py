@@ -80,10 +80,14 @@ def _explain(phase: Phase) -> str:
 def _run(args: argparse.Namespace) -> int:
     jobs = params.expand(args.overrides) if args.multirun else [args.overrides]
     plans = [_plan(args.phase, job, sweep=args.multirun) for job in jobs]  # all checked before the first one starts
-    for number, plan in enumerate(plans, 1):
-        if len(plans) > 1:
-            print(f"job {number} of {len(plans)}: run {plan[0][1]['run']}", flush=True)
-        _run_plan(plan, force=args.force)
+    try:
+        for number, plan in enumerate(plans, 1):
+            if len(plans) > 1:
+                print(f"job {number} of {len(plans)}: run {plan[0][1]['run']}", flush=True)
+            _run_plan(plan, force=args.force)
+    except BenchError:
+        _report(args)  # what is there, and how far the failed phase got
+        raise
     return _report(args)
 
 
@@ -152,22 +156,26 @@ def _status(args: argparse.Namespace) -> int:
     if args.run not in names and args.run != "default":
         raise BenchError(f"There is no run '{args.run}'. Known: {', '.join(names) or 'none yet'}.")
     print(f"run {args.run} in {runs.runs_root() / args.run}")
+    manifests = {name: runs.read_manifest(runs_root() / args.run / name) for name in PHASES}
+    base = next((m["params"]["base"] for m in manifests.values() if m and m["params"]["base"]), "")
     following = ""
     for phase in PHASES.values():
-        values = {**params.defaults(phase), "run": args.run}
-        hit = runs.find(phase.name, args.run)
-        if hit:
-            values = {**hit[1]["params"], "run": args.run}
+        hit = runs.find(phase.name, args.run, base)
+        values = {**(hit[1]["params"] if hit else params.defaults(phase)), "run": args.run, "base": base}
         state = runs.state(phase, values)
+        lent = hit is not None and not manifests[phase.name]
+        if lent and state != "done":  # the base run's result stands on other inputs: it is not this run's
+            hit, state = None, "not run"
         headline = f"{hit[1]['headline']['label']} {hit[1]['headline']['value']}" if hit else phase.title
-        print(f"  {phase.number:02d} {phase.name:<10} {state:<10} {headline}")
+        tail = f" (from run {base})" if hit and lent else ""
+        print(f"  {phase.number:02d} {phase.name:<10} {state:<10} {headline}{tail}")
         following = following or (phase.name if state != "done" else "")
     others = [n for n in names if n != args.run]
     if others:
         print(f"other runs: {', '.join(others)}")
-    suffix = "" if args.run == "default" else f" run={args.run}"
+    place = "" if args.run == "default" else f" run={args.run}" + (f" base={base}" if base else "")
     print(
-        f"next: `tinyonn {following}{suffix}`, or `tinyonn all{suffix}` for all that is left"
+        f"next: `tinyonn {following}{place}`" + ("" if base else f", or `tinyonn all{place}` for all that is left")
         if following
         else "everything is done: `tinyonn report` builds reports/index.html, `tinyonn lab` opens the notebooks"
     )

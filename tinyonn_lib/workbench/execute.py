@@ -45,6 +45,8 @@ def execute(phase: Phase, values: Mapping[str, Any]) -> None:
                 config=Config({"KernelManager": {"transport_encryption": "auto"}}),
             )
         except PapermillExecutionError as error:
+            if error.ename == "KeyboardInterrupt":
+                raise KeyboardInterrupt from None
             build_report(out, folder / "report.html")  # as far as it got, with the error on top
             raise BenchError(_explain(phase, error, out)) from None
         except DeadKernelError:

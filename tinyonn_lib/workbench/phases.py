@@ -93,6 +93,7 @@ class Pretrain(Params):
     lr_matrix: Positive
     lr_other: Positive
     ngram_order: Annotated[int, Field(ge=1, le=6)]
+    checkpoint_seconds: Positive
     prompts: str
     seed: Seed
 
@@ -142,6 +143,7 @@ class Router(Params):
     lr: Positive
     gate_spread: Positive
     temperature: Positive
+    checkpoint_seconds: Positive
     eval_tokens: Count
     seed: Seed
 

@@ -11,7 +11,11 @@ from collections.abc import Callable
 
 
 def reporter(what: str, unit: str, every: float = 10.0) -> Callable[[int, int, str], None]:
-    """`report(done, total, note)` for one piece of work; in batch a line each `every` seconds and one at the end."""
+    """`report(done, total, note)` for one piece of work; in batch a line each `every` seconds and one at the end.
+
+    A note that begins with "going on" tells where an earlier call stopped: it is shown at once, and the seconds left
+    are reckoned from there.
+    """
     if os.environ.get("TINYONN_BATCH") or not _in_notebook():
         return _lines(what, unit, every)
     return _bar(what, unit)
@@ -28,14 +32,19 @@ def _in_notebook() -> bool:
 
 def _lines(what: str, unit: str, every: float) -> Callable[[int, int, str], None]:
     began = last = time.monotonic()
+    first = 0
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal last
+        nonlocal began, first, last
         now = time.monotonic()
+        if note.startswith("going on"):
+            began, first, last = now, done, now
+            print(f"  {what}: {done:,} of {total:,} {unit}, {note}", flush=True)
+            return
         if done < total and now - last < every:
             return
         last = now
-        left = (now - began) * (total - done) / max(done, 1)
+        left = (now - began) * (total - done) / max(done - first, 1)
         tail = f", {left:.0f} s left" if done < total else f" in {now - began:.0f} s"
         print(f"  {what}: {done:,} of {total:,} {unit}{tail}" + (f", {note}" if note else ""), flush=True)
 

@@ -1,0 +1,75 @@
+"""Samples: every token once, the budget kept, splits respected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm import samples, tokenizer
+
+
+@pytest.fixture(scope="module")
+def texts() -> pd.DataFrame:
+    rows = [(f"Number {n} says that {'and so on ' * (n % 7)}it is enough.", f"file{n % 5}.py") for n in range(40)]
+    return pd.DataFrame(rows, columns=["text", "source"])
+
+
+@pytest.fixture(scope="module")
+def tok(texts: pd.DataFrame) -> PreTrainedTokenizerFast:
+    return tokenizer.train_bpe(texts["text"], 300)
+
+
+def test_with_a_large_budget_every_token_comes_once(texts: pd.DataFrame, tok: PreTrainedTokenizerFast) -> None:
+    drawn = samples.draw(texts, tok, tokens=10**6, length=9, seed=0)
+    assert drawn["ids"].map(len).between(2, 9).all()
+    starts = drawn["ids"].map(lambda ids: ids[0] == tok.bos_token_id)
+    assert starts.sum() == len(texts)
+    expected = sum(len(ids) + 1 for ids in tok(texts["text"].tolist())["input_ids"])
+    lost = expected - drawn["ids"].map(len).sum()  # pieces of a single token have nothing to predict
+    assert 0 <= lost <= len(texts)
+
+
+def test_budget_and_seed(texts: pd.DataFrame, tok: PreTrainedTokenizerFast) -> None:
+    one, again, other = (samples.draw(texts, tok, tokens=60, length=9, seed=s) for s in (1, 1, 2))
+    sizes = one["ids"].map(len)
+    assert sizes.sum() >= 60 > sizes.iloc[:-1].sum()
+    assert one["ids"].tolist() == again["ids"].tolist() != other["ids"].tolist()
+    assert one["text"].iloc[0] == tok.decode(one["ids"].iloc[0], skip_special_tokens=True)
+
+
+def test_nothing_to_draw(texts: pd.DataFrame, tok: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BenchError, match="split is empty"):
+        samples.draw(texts.iloc[:0], tok, tokens=10, length=9, seed=0)
+
+
+def test_blocks_hold_the_stream(texts: pd.DataFrame, tok: PreTrainedTokenizerFast) -> None:
+    drawn = samples.draw(texts, tok, tokens=100, length=9, seed=0)
+    stream = [token for ids in drawn["ids"] for token in ids]
+    made = samples.blocks(drawn, 8)
+    assert made.flatten().tolist() == stream[: made.numel()]
+    assert len(stream) - made.numel() < 8
+    with pytest.raises(BenchError, match="do not fill one block of 1000"):
+        samples.blocks(drawn, 1000)
+
+
+def test_every_row_once_an_epoch() -> None:
+    rows = torch.arange(10)[:, None]
+    at = samples.shuffled(rows, batch=4, seed=3)
+    stream = torch.cat([at(step) for step in range(5)]).flatten()
+    assert sorted(stream[:10].tolist()) == sorted(stream[10:].tolist()) == list(range(10))
+    assert stream[:10].tolist() != stream[10:].tolist()
+    assert torch.equal(at(2), at(2))
+
+
+def test_splits_that_came_with_the_texts_stay(texts: pd.DataFrame, tmp_path: Path) -> None:
+    file = tmp_path / "texts.parquet"
+    texts.assign(split="heldout").to_parquet(file)
+    assert set(samples.divided(file, seed=0)["split"]) == {"heldout"}
+    texts.to_parquet(file)
+    made = samples.divided(file, seed=0)
+    assert set(made["split"]) == {"train", "calibration", "heldout"}
