@@ -54,6 +54,22 @@ def test_groups_are_drawn_together() -> None:
     assert (loose.high - loose.low) > 2 * (tight.high - tight.low)
 
 
+def test_too_few_files_give_no_interval() -> None:
+    rng = np.random.default_rng(3)
+    files = np.repeat(np.arange(evaluate.MIN_GROUPS - 1), 30)
+    found = evaluate.paired([fake(rng.normal(-5, 1, len(files)))], fake(np.zeros(len(files))), files)
+    assert np.isnan(found.low)
+    assert np.isnan(found.high)
+    assert found.verdict == "no clear difference"
+    assert "7 source files" in str(found)
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(-9.0, "less"), (9.0, "more"), (0.0, "no clear difference")])
+def test_verdict_follows_the_interval(shift: float, verdict: str) -> None:
+    nats = np.random.default_rng(4).normal(shift, 5, 50)
+    assert evaluate.paired([fake(nats - nats.mean() + shift)], fake(np.zeros(50)), range(50)).verdict == verdict
+
+
 def test_different_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="same samples"):
         evaluate.paired([fake(np.zeros(3))], evaluate.Loss(np.zeros(3), np.array([1, 2, 3])), range(3))

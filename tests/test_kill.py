@@ -18,9 +18,9 @@ from . import tiny
 
 # Trainings and scan last some seconds, so that a kill lands inside them: a kernel outlives its command by up to one.
 LONGER = (
-    "pretrain.calibration=0.4 pretrain.tokens=90000 pretrain.checkpoint_seconds=0.2 "
-    "scan.tokens=36000 scan.length=24 scan.flush_seconds=0.1 "
-    "router.tokens=60000 router.checkpoint_seconds=0.2"
+    "pretrain.calibration=0.4 pretrain.tokens=64000 pretrain.checkpoint_seconds=0.2 "
+    "scan.tokens=28000 scan.length=24 scan.flush_seconds=0.1 "
+    "router.tokens=44000 router.checkpoint_seconds=0.2"
 )
 
 
@@ -116,7 +116,7 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(tmp_path: Path) 
         done, total = (int(group.replace(",", "")) for group in match.groups())
         assert 0 < done < total, f"{phase} went on from {done} of {total}"
     table = (broken / "after router.out").read_text()
-    assert [re.search(rf"^{p} +(ran|up to date)", table, re.M)[1] for p in PHASES] == ["up to date"] * 4 + ["ran"]
+    assert re.findall(r"^(?:\w+) +(ran|up to date) ", table, re.M) == ["up to date"] * (len(PHASES) - 1) + ["ran"]
 
     expected, found = results(whole), results(broken)
     for phase in PHASES:

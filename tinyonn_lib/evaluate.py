@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+MIN_GROUPS = 8
+"""Source files below which a bootstrap interval would feign certainty."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,7 @@ class Loss:
 
 
 @torch.no_grad()
-def loss(
-    model: Any,
-    samples: Sequence[Sequence[int]],
-    batch: int = 16,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Loss:
+def loss(model: Any, samples: Sequence[Sequence[int]], batch: int = 16) -> Loss:
     """Next-token loss of every sample of token ids; padding never counts.
 
     Samples of similar length share a batch. Returned in the order given.
@@ -54,20 +52,29 @@ def loss(
         logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1].float()
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         nats[rows] = (each.double() * real[:, 1:]).sum(1).cpu().numpy()
-        if progress:
-            progress(begin + len(rows), len(order), "")
     return Loss(nats, np.array([len(s) - 1 for s in samples], np.int64))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean loss of one model minus another's on the same tokens, nats per token, with a 95 % interval."""
+    """Mean loss of one model minus another's on the same tokens, nats per token, with a 95 % interval.
+
+    With fewer than `MIN_GROUPS` groups the interval is NaN: so few cannot tell how much others would differ.
+    """
 
     mean: float
     low: float
     high: float
+    groups: int
+
+    @property
+    def verdict(self) -> str:
+        """ "less", "more", or "no clear difference" when the interval holds 0 or cannot be given."""
+        return "less" if self.high < 0 else "more" if self.low > 0 else "no clear difference"
 
     def __str__(self) -> str:
+        if self.groups < MIN_GROUPS:
+            return f"{self.mean:+.3f} (no interval: {self.groups} source files)"
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
@@ -91,5 +98,5 @@ def paired(
     gap_sum, token_sum = np.bincount(code, gap), np.bincount(code, tokens)
     counts = np.random.default_rng(seed).multinomial(len(gap_sum), np.full(len(gap_sum), 1 / len(gap_sum)), size=draws)
     means = counts @ gap_sum / (counts @ token_sum)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(gap.sum() / tokens.sum()), float(low), float(high))
+    low, high = np.quantile(means, [0.025, 0.975]) if len(gap_sum) >= MIN_GROUPS else (np.nan, np.nan)
+    return Difference(float(gap.sum() / tokens.sum()), float(low), float(high), len(gap_sum))

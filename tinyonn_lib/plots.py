@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
+from numpy.typing import NDArray
 
 ACCENT, INK, QUIET = "#0b6e6e", "#22313f", "#8a97a3"
 PALETTE = ("#0b6e6e", "#d1682e", "#5b5ea6", "#3b8f4c", "#b23a6f", "#7a6a53", "#2f7fbf", "#c2a11f")
@@ -84,25 +85,6 @@ def loss_curves(
     figure.update_yaxes(title=unit)
     alt = f"Training loss over tokens seen: {', '.join(said)} {unit}."
     return describe(figure, alt, pd.concat(ends), thumbnail=thumbnail)
-
-
-def bars(
-    table: pd.DataFrame, x: str, y: str, *, title: str, unit: str, alt: str, colour: str | None = None
-) -> go.Figure:
-    """One bar per row, labelled with its value; `colour` names a column that groups them."""
-    figure = go.Figure()
-    for name, rows in table.groupby(colour, sort=False) if colour else [("", table)]:
-        figure.add_bar(
-            x=rows[x].map(lambda v: html.escape(str(v))),
-            y=rows[y],
-            name=html.escape(str(name)),
-            text=rows[y].map(lambda v: f"{v:.3g}"),
-            textposition="outside",
-            cliponaxis=False,
-        )
-    figure.update_layout(title=title, showlegend=colour is not None, barmode="group")
-    figure.update_yaxes(title=unit)
-    return describe(figure, alt, table)
 
 
 def _heat(
@@ -192,12 +174,18 @@ def activation_gradient(neurons: pd.DataFrame) -> go.Figure:
             customdata=np.stack([rows["layer"], rows["neuron"]], 1),
             hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<extra></extra>",
         )
-    rank = float(points[["act", "grad"]].corr("spearman").iloc[0, 1])
-    figure.update_layout(title=f"Activation and gradient of every neuron (n = {len(points):,}, Spearman {rank:.2f})")
+    ranks = layer_ranks(points, "act", "grad")
+    span = f"{ranks.min():.2f} to {ranks.max():.2f}"
+    figure.update_layout(title=f"Activation and gradient of every neuron (n = {len(points):,})")
     figure.update_xaxes(title="log10 mean |h|")
     figure.update_yaxes(title="log10 gradient norm")
-    alt = f"Mean activation against weight-gradient norm of {len(points):,} neurons; rank correlation {rank:.2f}."
+    alt = f"Mean activation against gradient norm of {len(points):,} neurons; Spearman within a layer {span}."
     return describe(figure, alt, points[["layer", "neuron", "act", "grad"]], thumbnail=True)
+
+
+def layer_ranks(neurons: pd.DataFrame, one: str, other: str) -> pd.Series:
+    """Spearman correlation of two columns within each layer: pooled, differences between layers would hide it."""
+    return pd.Series({layer: rows[one].corr(rows[other], "spearman") for layer, rows in neurons.groupby("layer")})
 
 
 def stratified(table: pd.DataFrame, size: int, by: str = "layer", seed: int = 0) -> pd.DataFrame:
@@ -305,58 +293,62 @@ def profiles(scores: pd.DataFrame, columns: Sequence[str]) -> go.Figure:
     )
 
 
-def expert_usage(shares: pd.DataFrame) -> go.Figure:
-    """Share of tokens on which each expert is on; index = layer, columns = expert."""
-    dead = int((shares.to_numpy() == 0).sum())
-    alt = (
-        f"Share of tokens per expert and layer, from {shares.to_numpy().min():.0%} to {shares.to_numpy().max():.0%}; "
-        f"{dead} experts are never used."
-    )
-    shares = shares.rename_axis(index="layer", columns="expert")
-    return _heat(shares, title="Who is called: share of tokens", unit="share", alt=alt, scale=SEQUENTIAL, digits=".2f")
+def expert_usage(shares: NDArray[np.float64]) -> go.Figure:
+    """Share of tokens on which each expert is on, `(layers, experts)`."""
+    dead = int((shares == 0).sum())
+    alt = f"Share of tokens per expert and layer, {shares.min():.0%} to {shares.max():.0%}; {dead} are never used."
+    table = pd.DataFrame(shares).rename_axis(index="layer", columns="expert")
+    return _heat(table, title="Who is called: share of tokens", unit="share", alt=alt, scale=SEQUENTIAL, digits=".2f")
 
 
 def delta_nll(table: pd.DataFrame) -> go.Figure:
-    """ΔNLL over active share, one line per method with its 95 % interval; `method, active, mean, low, high`."""
-    figure = go.Figure()
-    for name, rows in table.groupby("method", sort=False):
-        rows = rows.sort_values("active")
-        figure.add_scatter(
-            x=rows["active"],
-            y=rows["mean"],
-            mode="lines+markers",
-            name=html.escape(str(name)),
-            error_y={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "thickness": 1},
-        )
-    figure.update_layout(title="What is lost when only a part is active (95 % intervals)")
-    figure.update_xaxes(title="active FFN parameters", tickformat=".0%", tickvals=sorted(table["active"].unique()))
-    figure.update_yaxes(title="ΔNLL (nats per token, lower is better)", rangemode="tozero")
+    """ΔNLL by method with 95 % intervals, one panel per active share; `method, active, mean, low, high`."""
+    from plotly.subplots import make_subplots
+
+    shares = sorted(table["active"].unique())
+    titles = [f"{share:.0%} active" for share in shares]
+    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.06)
+    for column, share in enumerate(shares, 1):
+        figure.add_trace(_interval_bars(table[table["active"] == share], inside=True), row=1, col=column)
+    figure.update_layout(title="What is lost when only a part is active (95 % intervals)", showlegend=False)
+    figure.update_layout(margin={"t": 90}, height=360)
+    figure.update_xaxes(title="ΔNLL, nats per token", rangemode="tozero")
     best = table.loc[table.groupby("active")["mean"].idxmin()]
-    alt = "Loss over active share; best: " + ", ".join(
+    alt = "Loss over active share; least lost: " + ", ".join(
         f"{row.method} at {row.active:.0%} ({row.mean:+.3f})" for row in best.itertuples()
     )
     return describe(figure, alt + ".", table, thumbnail=True)
 
 
+def _interval_bars(table: pd.DataFrame, *, inside: bool) -> go.Bar:
+    """Horizontal bars in the table's order, top first; what is trained or routed in the accent colour."""
+    rows = table.iloc[::-1]
+    spans = [f"{r.mean:+.3f}" + ("" if inside else f" [{r.low:+.3f}, {r.high:+.3f}]") for r in rows.itertuples()]
+    return go.Bar(
+        x=rows["mean"],
+        y=rows["method"].map(lambda v: html.escape(str(v))),
+        orientation="h",
+        marker_color=[ACCENT if "router" in method else QUIET for method in rows["method"]],
+        text=spans,
+        textposition="auto" if inside else "outside",
+        cliponaxis=False,
+        error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "thickness": 1},
+    )
+
+
 def intervals(table: pd.DataFrame, *, title: str) -> go.Figure:
     """ΔNLL of several methods at one active share, as points with 95 % intervals; `method, mean, low, high`."""
     alt = "ΔNLL, nats per token: " + ", ".join(f"{r.method} {r.mean:+.3f}" for r in table.itertuples()) + "."
-    rows = table.iloc[::-1]
-    figure = go.Figure(
-        go.Bar(
-            x=rows["mean"],
-            y=rows["method"].map(lambda v: html.escape(str(v))),
-            orientation="h",
-            marker_color=[ACCENT if "router" in method else QUIET for method in rows["method"]],
-            text=[f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in rows.itertuples()],
-            textposition="outside",
-            cliponaxis=False,
-            error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "thickness": 1},
-        )
-    )
+    figure = go.Figure(_interval_bars(table, inside=False))
     figure.update_layout(title=title, margin={"r": 170})
     figure.update_xaxes(title="ΔNLL (nats per token, lower is better)", rangemode="tozero")
     return describe(figure, alt, table, thumbnail=True)
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """A Markdown table of names and values, numbers with separators, text escaped."""
+    shown = {k: f"{v:,}" if isinstance(v, (int, float, np.number)) else html.escape(str(v)) for k, v in values.items()}
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items())])
 
 
 def text_cards(samples: Mapping[str, str]) -> str:
@@ -371,7 +363,7 @@ def text_cards(samples: Mapping[str, str]) -> str:
 def corpus_sizes(texts: pd.DataFrame) -> go.Figure:
     """Kilobytes of text per package and split; `texts` has `text, source, split`."""
     size = texts["text"].str.encode("utf-8").str.len() / 1000
-    package = texts["source"].str.split("/").str[0]
+    package = texts["source"].str.split(r"[/:]", regex=True).str[0]
     table = size.groupby([package, texts["split"]]).sum().rename("kB").reset_index()
     top = table.groupby("source")["kB"].sum().nlargest(8).index
     table = table[table["source"].isin(top)]
@@ -389,8 +381,20 @@ def corpus_sizes(texts: pd.DataFrame) -> go.Figure:
 def bits_per_byte(bits: Mapping[str, float]) -> go.Figure:
     """One bar per model: bits per byte on held-out text."""
     table = pd.DataFrame({"model": list(bits), "bits per byte": list(bits.values())})
+    figure = go.Figure(
+        go.Bar(
+            x=[html.escape(name) for name in bits],
+            y=list(bits.values()),
+            text=[f"{value:.3f}" for value in bits.values()],
+            textposition="outside",
+            cliponaxis=False,
+            marker_color=[QUIET if "gram" in name else ACCENT for name in bits],
+        )
+    )
+    figure.update_layout(title="Held-out text, lower is better")
+    figure.update_yaxes(title="bits per byte")
     alt = "Bits per byte on held-out text: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()) + "."
-    return bars(table, "model", "bits per byte", title="Held-out text, lower is better", unit="bits per byte", alt=alt)
+    return describe(figure, alt, table)
 
 
 def expert_means(partition: pd.DataFrame, scores: pd.DataFrame) -> go.Figure:

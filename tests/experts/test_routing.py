@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from tinyonn_lib.experts import assemble, partition, router, routing
-from tinyonn_lib.lm import train
 
 from .conftest import Tiny
 
@@ -110,9 +109,9 @@ def test_training_moves_routers_alone_and_lowers_the_loss(tiny: Tiny, part: part
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     routers = router.fresh(part, 32, seed=1)
     shared = {"k": 2, "warmup_steps": 2}
-    warm = router.distil(train.fit, tiny.model, tiny.ffns, part, routers, lambda s: ids, steps=40, lr=0.03, **shared)
+    warm = router.distil(tiny.model, tiny.ffns, part, routers, lambda s: ids, steps=40, lr=0.03, **shared)
     assert warm["loss"].iloc[-1] < 0.9 * warm["loss"].iloc[0]
-    main = router.train(train.fit, tiny.model, tiny.ffns, part, routers, lambda s: ids, steps=40, lr=0.03, **shared)
+    main = router.train(tiny.model, tiny.ffns, part, routers, lambda s: ids, steps=40, lr=0.03, **shared)
     assert main["loss"].iloc[-1] < main["loss"].iloc[0]
     assert all(torch.equal(before[name], value) for name, value in tiny.model.state_dict().items())
     # What was trained is what the exported router computes: the last loss is found again (one step apart).

@@ -122,6 +122,26 @@ def test_a_lost_answer_is_not_written_twice(store: Store, monkeypatch: pytest.Mo
     assert store.workers() == {"0": (3, 1)}
 
 
+def test_a_connection_lost_inside_the_transaction_is_retried(
+    store: Store, server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """redis-py calls that a WatchError, as if someone else had written."""
+    store.begin(LAYOUT, {})
+    store.resume("0")
+    execute, cut = redis.client.Pipeline.execute, []
+
+    def dropped(self: redis.client.Pipeline, *args: object) -> object:
+        if not cut:
+            admin = redis.Redis(unix_socket_path=str(server.socket))
+            cut.append(admin.client_kill_filter(_type="normal", skipme=True))
+        return execute(self, *args)
+
+    monkeypatch.setattr(redis.client.Pipeline, "execute", dropped)
+    assert store.commit("0", totals(1), 3) == 1
+    assert cut[0] >= 1
+    assert store.workers() == {"0": (3, 1)}
+
+
 def test_wrong_password_is_one_line_without_it(tmp_path: Path) -> None:
     with private_server(tmp_path / "s") as running:
         admin = redis.Redis(unix_socket_path=str(running.socket))

@@ -98,11 +98,22 @@ def test_changed_lists_default_and_value() -> None:
     assert params.changed(SCAN, values) == {"tokens": [params.defaults(SCAN)["tokens"], 5]}
 
 
-def test_cells_with_constants_are_parameters_and_nothing_else_is() -> None:
+def test_parameters_are_read_from_their_cells_alone() -> None:
     cells = [
-        "# Mirrors\ntokens = 5  # few\nname = 'x'",
-        "# Parameters\ntokens = 2 * 10**3",
-        "n = len([])\nm = 3",
+        "# Mirrors params/scan.yaml; change it there\ntokens = 5  # few\nname = 'x'",
+        "# Parameters\ntokens = 2 * 10**3\nwild = open('/etc/passwd')",
+        "scratch = 3",
         "import os",
     ]
     assert assigned(cells) == {"tokens": 2000, "name": "x"}
+
+
+def test_rule_over_several_keys_is_one_clear_line() -> None:
+    with pytest.raises(BenchError, match=r"^pretrain: heads=3 must be a multiple of kv_heads=2\.$"):
+        params.compose(PHASES["pretrain"], ["heads=3", "kv_heads=2"])
+
+
+def test_one_active_share_may_be_a_number() -> None:
+    assert params.compose(PHASES["experts"], ["active=0.3"])["active"] == "0.3"
+    with pytest.raises(BenchError, match="numbers in"):
+        params.compose(PHASES["experts"], ["active=1.5"])

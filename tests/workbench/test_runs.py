@@ -102,8 +102,48 @@ def test_checkpoints_of_other_parameters_are_dropped() -> None:
     assert (again.resume / "state").exists()
     again.lock.release()
     other = runs.open_run(PRETRAIN, params.validate(PRETRAIN, values(PRETRAIN, tokens=5)))
-    assert list(other.resume.parent.iterdir()) == [other.resume]
     assert not (other.resume / "state").exists()
+    other.path("model/out.txt")  # from the first artefact on, nothing of the other is kept
+    assert list(other.resume.parent.iterdir()) == [other.resume]
+
+
+def test_a_mistake_leaves_the_earlier_result_alone() -> None:
+    chosen = finish(PRETRAIN)
+    run = runs.open_run(PRETRAIN, params.validate(PRETRAIN, values(PRETRAIN, tokens=5)))
+    (run.resume / "state").write_text("x")
+    run.lock.release()  # it fails before it writes anything
+    assert runs.state(PRETRAIN, chosen) == "done"
+    run = runs.open_run(PRETRAIN, params.validate(PRETRAIN, values(PRETRAIN, tokens=5)))
+    run.path("other.txt")
+    run.lock.release()  # it fails later
+    assert runs.state(PRETRAIN, chosen) == "not run"
+    assert not (run.folder / "model").exists()
+
+
+def test_by_hand_leaves_no_page_of_an_earlier_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = home / "runs/default/pretrain"
+    for batch, kept in (("", False), ("pretrain", True)):
+        finish(PRETRAIN)
+        (folder / "notebook.ipynb").write_text("{}")
+        monkeypatch.setenv("TINYONN_BATCH", batch)
+        run = runs.open_run(PRETRAIN, params.validate(PRETRAIN, values(PRETRAIN)))
+        run.path("x")
+        run.lock.release()
+        assert (folder / "notebook.ipynb").exists() == kept
+        monkeypatch.delenv("TINYONN_BATCH")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_ones_own_texts_are_an_input(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "texts.jsonl" if kind == "file" else tmp_path / "folder"
+    if kind == "folder":
+        source.mkdir()
+    content = source if kind == "file" else source / "a.txt"
+    content.write_text("one")
+    chosen = finish(PRETRAIN, texts=str(source))
+    assert runs.state(PRETRAIN, chosen) == "done"
+    content.write_text("another")
+    assert runs.state(PRETRAIN, chosen) == "stale"
 
 
 def test_full_disk_is_refused_before_the_artefact(monkeypatch: pytest.MonkeyPatch) -> None:

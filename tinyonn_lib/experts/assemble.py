@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.partition import Partition
-
-
-class GatedFFN(Protocol):
-    """What `lm.models.ffns` yields: the gated FFN of one layer."""
-
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def gate(self) -> nn.Module: ...
-    @property
-    def up(self) -> nn.Module: ...
-    @property
-    def down(self) -> nn.Module: ...
+from tinyonn_lib.lm.models import FFN
 
 
 class TinyONNExpert(nn.Module):
@@ -56,7 +44,7 @@ def dense_weight(linear: Any) -> Tensor:
     return plain
 
 
-def assemble(ffns: Sequence[GatedFFN], partition: Partition) -> Iterator[list[TinyONNExpert]]:
+def assemble(ffns: Sequence[FFN], partition: Partition) -> Iterator[list[TinyONNExpert]]:
     """The experts of one layer after the other, so that only one layer is held twice.
 
     Raises:

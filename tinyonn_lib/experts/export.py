@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts.assemble import GatedFFN, assemble
+from tinyonn_lib.experts.assemble import assemble
 from tinyonn_lib.experts.partition import Partition
+from tinyonn_lib.lm.models import FFN
 
 FAMILIES: dict[str, tuple[str, str]] = {"qwen3": ("qwen3_moe", "Qwen3MoeForCausalLM")}
 """Dense model type → (MoE model type, class). Adding a family: a line here and, if its keys differ, a branch below."""
@@ -64,7 +65,7 @@ def target_config(dense: Any, partition: Partition, k: int) -> Any:
 def export(
     model: Any,
     tokenizer: Any,
-    ffns: Sequence[GatedFFN],
+    ffns: Sequence[FFN],
     partition: Partition,
     folder: Path,
     *,
@@ -149,7 +150,7 @@ def verify(folder: Path, dense: nn.Module, tokens: Tensor) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch, "ids.npy"), Path(scratch, "logits.npy")
-        np.save(ids, tokens.numpy())
+        np.save(ids, tokens.cpu().numpy())
         done = subprocess.run(
             [sys.executable, "-c", _STRANGER, str(folder.resolve()), str(ids), str(out)],
             cwd=scratch,
@@ -163,6 +164,6 @@ def verify(folder: Path, dense: nn.Module, tokens: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         logits = np.load(out)
     with torch.no_grad():
-        expected = dense(tokens).logits.float().numpy()
+        expected = dense(tokens.to(next(dense.parameters()).device)).logits.float().cpu().numpy()
     found["relative_error"] = float(np.abs(logits - expected).max() / np.abs(expected).max())
     return found

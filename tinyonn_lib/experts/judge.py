@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from tinyonn_lib import evaluate
-from tinyonn_lib.experts.assemble import GatedFFN, dense_weight
+from tinyonn_lib.experts.assemble import dense_weight
 from tinyonn_lib.experts.partition import Partition, flap_scores
 from tinyonn_lib.experts.routing import Scale, dropped_mean, oracle, scaled, static
+from tinyonn_lib.lm.models import FFN
 
-Measure = Callable[[Sequence[Scale], Sequence[Tensor] | None], evaluate.Loss]
+Losses = dict[str, list[evaluate.Loss]]
+"""Method → one loss per seed, all on the same samples."""
 
 
 class Judge:
     """One dense model and one set of held-out samples; every method is measured against the same dense loss."""
 
     def __init__(
-        self, model: Any, ffns: Sequence[GatedFFN], samples: pd.DataFrame, neurons: pd.DataFrame, batch: int = 16
+        self, model: Any, ffns: Sequence[FFN], samples: pd.DataFrame, neurons: pd.DataFrame, batch: int = 16
     ) -> None:
         """
         Args:
@@ -31,8 +33,7 @@ class Judge:
         self.model, self.ffns, self.batch = model, ffns, batch
         self.ids, self.groups = samples["ids"].tolist(), samples["source"].tolist()
         self.dense = evaluate.loss(model, self.ids, batch)
-        down = [dense_weight(f.down) for f in ffns]
-        self.flap = flap_scores(neurons, down)
+        self.flap = flap_scores(neurons, [dense_weight(f.down) for f in ffns])
         ordered = neurons.sort_values(["layer", "neuron"]).groupby("layer")["act_mean"]
         self.means = [torch.tensor(rows.to_numpy(), dtype=torch.float32) for _, rows in ordered]
 
@@ -41,54 +42,72 @@ class Judge:
         with scaled(self.ffns, scales, shifts):
             return evaluate.loss(self.model, self.ids, self.batch)
 
-    def row(self, method: str, active: float, losses: Sequence[evaluate.Loss]) -> dict[str, Any]:
-        """One line of a table: ΔNLL to the dense model, nats per token, with its paired 95 % interval."""
-        gap = evaluate.paired(losses, self.dense, self.groups)
-        return {
-            "method": method, "active": active, "mean": gap.mean, "low": gap.low, "high": gap.high,
-            "seeds": len(losses),
-        }  # fmt: skip
-
-    def static(self, active: float) -> dict[str, evaluate.Loss]:
-        """FLAP's static pruning at the same active parameters, without and with the mean of what it dropped.
+    def static(self, active: float) -> Losses:
+        """FLAP's static pruning to the share `active`, without and with the mean of what it dropped.
 
         The bias of the second cannot be stored in a standard checkpoint; it is the stronger control.
         """
         scales = static(self.flap, active)
         shifts = dropped_mean(self.ffns, self.flap, self.means, active)
-        return {"flap_static": self.loss(scales), "flap_static + bias": self.loss(scales, shifts)}
+        return {"flap_static": [self.loss(scales)], "flap_static + bias": [self.loss(scales, shifts)]}
+
+    def table(self, losses: Losses, active: float) -> pd.DataFrame:
+        """ΔNLL to the dense model, nats per token: `method, active, mean, low, high, seeds, files`."""
+        gaps = {method: evaluate.paired(each, self.dense, self.groups) for method, each in losses.items()}
+        return pd.DataFrame(
+            [
+                {
+                    "method": method, "active": active, "mean": gap.mean, "low": gap.low, "high": gap.high,
+                    "seeds": len(losses[method]), "files": gap.groups,
+                }
+                for method, gap in gaps.items()
+            ]
+        )  # fmt: skip
+
+    def tables(self, losses: Mapping[float, Losses]) -> pd.DataFrame:
+        """`table` for several active shares, one below the other."""
+        return pd.concat([self.table(each, share) for share, each in losses.items()], ignore_index=True)
+
+    def between(self, losses: Losses, method: str, other: str) -> evaluate.Difference:
+        """Loss of one method minus another's, paired."""
+        return evaluate.paired(losses[method], losses[other], self.groups)
+
+    def best_static(self, losses: Losses) -> str:
+        """The static control with the lower loss."""
+        return min((name for name in losses if name.startswith("flap_static")), key=lambda n: losses[n][0].mean)
 
 
-def oracle_table(
+def under_oracle(
     judge: Judge,
     partitions: Mapping[str, Sequence[Partition]],
     actives: Iterable[float],
     progress: Callable[[int, int, str], None] | None = None,
-) -> pd.DataFrame:
-    """ΔNLL of partitions under the oracle router, and of static pruning, at each active share.
+) -> dict[float, Losses]:
+    """Losses of partitions under the oracle router, and of static pruning, at each active share.
 
-    The oracle separates the partition from the router: no router over these experts does better by choosing alone.
+    The oracle separates the partition from the router: it chooses as well as a strong router could, for each alike.
 
     Args:
-        partitions: method → one partition per seed.
+        partitions: method → one partition per seed, all with the same number of experts.
+        actives: wanted shares; each becomes the nearest whole number of experts, and pruning gets the same share.
 
     Returns:
-        `method, active, mean, low, high, seeds`, one row per method and share.
+        Realised share k / experts → method → losses.
     """
-    shares = list(actives)
-    total = len(shares) * (1 + sum(len(parts) for parts in partitions.values()))
-    rows, done = [], 0
-    for active in shares:
+    first = next(iter(partitions.values()))[0]
+    ks = sorted({first.k(active) for active in actives})
+    total = len(ks) * sum(len(parts) for parts in partitions.values())
+    found: dict[float, Losses] = {}
+    done = 0
+    for k in ks:
+        share = k / first.count
+        found[share] = {}
         for method, parts in partitions.items():
-            losses = []
+            losses = found[share].setdefault(f"{method}, oracle router", [])
             for part in parts:
-                losses.append(judge.loss(oracle(part, judge.ffns, part.k(active))))
+                losses.append(judge.loss(oracle(part, judge.ffns, k)))
                 done += 1
                 if progress:
-                    progress(done, total, f"{method} at {active:.0%}")
-            rows.append(judge.row(f"{method}, oracle router", active, losses))
-        rows += [judge.row(method, active, [loss]) for method, loss in judge.static(active).items()]
-        done += 1
-        if progress:
-            progress(done, total, f"flap_static at {active:.0%}")
-    return pd.DataFrame(rows)
+                    progress(done, total, f"{method} at {share:.0%}")
+        found[share] |= judge.static(share)
+    return found

@@ -17,24 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyonn_lib.experts.assemble import GatedFFN, dense_weight
+from tinyonn_lib.experts.assemble import dense_weight
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.routing import Scale, energies, expert_of, scaled, top_mask
+from tinyonn_lib.lm.models import FFN
+from tinyonn_lib.lm.train import fit
 
-Fit = Callable[..., pd.DataFrame]
-"""`lm.train.fit`, handed in: this package knows no training loop of its own."""
 
-
-def fresh(partition: Partition, width: int, seed: int, spread: float = 0.02) -> list[nn.Parameter]:
+def fresh(
+    partition: Partition, width: int, seed: int, spread: float = 0.02, device: torch.device | None = None
+) -> list[nn.Parameter]:
     """A randomly initialised router: per layer `(experts, width)`, normal with standard deviation `spread`."""
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(partition.count, width, generator=generator) * spread) for _ in partition.experts]
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
+    drawn = [torch.randn(partition.count, width, generator=generator) * spread for _ in partition.experts]
+    return [nn.Parameter(weight.to(device)) for weight in drawn]
 
 
 def distil(
-    fit: Fit,
     model: Any,
-    ffns: Sequence[GatedFFN],
+    ffns: Sequence[FFN],
     partition: Partition,
     routers: Sequence[nn.Parameter],
     batch: Callable[[int], Tensor],
@@ -96,9 +97,8 @@ def _tempers(routers: Sequence[Tensor], spread: float) -> list[float]:
 
 
 def train(
-    fit: Fit,
     model: Any,
-    ffns: Sequence[GatedFFN],
+    ffns: Sequence[FFN],
     partition: Partition,
     routers: Sequence[nn.Parameter],
     batch: Callable[[int], Tensor],
@@ -154,7 +154,7 @@ def train(
 
 
 @torch.no_grad()
-def usage(model: Any, ffns: Sequence[GatedFFN], scales: Sequence[Scale], partition: Partition, ids: Tensor) -> Tensor:
+def usage(model: Any, ffns: Sequence[FFN], scales: Sequence[Scale], partition: Partition, ids: Tensor) -> Tensor:
     """Share of tokens on which each expert is on, `(layers, experts)`; `ids` `(B, T)`."""
     shares: list[Tensor] = []
 
@@ -167,5 +167,5 @@ def usage(model: Any, ffns: Sequence[GatedFFN], scales: Sequence[Scale], partiti
         return counted
 
     with scaled(ffns, [count(i, s) for i, s in zip(partition.experts, scales, strict=True)]):
-        model(input_ids=ids, use_cache=False)
-    return torch.stack(shares)
+        model(input_ids=ids.to(model.device), use_cache=False)
+    return torch.stack(shares).cpu()

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyonn_lib.experts.assemble import GatedFFN, dense_weight
+from tinyonn_lib.experts.assemble import dense_weight
 from tinyonn_lib.experts.partition import Partition
+from tinyonn_lib.lm.models import FFN
 
 Scale = Callable[[Tensor, Tensor], Tensor]
 """`(x, h) → factor on h`; x is the FFN's input `(…, d_model)`, h `(…, d_ffn)`, the factor broadcasts to h."""
 
 
 @contextmanager
-def scaled(ffns: Sequence[GatedFFN], scales: Sequence[Scale], shifts: Sequence[Tensor] | None = None) -> Iterator[None]:
+def scaled(ffns: Sequence[FFN], scales: Sequence[Scale], shifts: Sequence[Tensor] | None = None) -> Iterator[None]:
     """Within the block every FFN computes `W_down(scale(x, h) ⊙ h)`, plus a constant `shift` `(d_model,)` if given."""
     handles = []
     inputs: dict[tuple[int, int], Tensor] = {}  # by thread: training runs shards of a batch side by side
@@ -78,8 +79,12 @@ def top_mask(score: Tensor, k: int) -> Tensor:
     return torch.zeros_like(score).scatter_(-1, score.topk(k, dim=-1).indices, 1.0)
 
 
-def oracle(partition: Partition, ffns: Sequence[GatedFFN], k: int) -> list[Scale]:
-    """The upper bound: per token the k experts with the largest ‖W_down,e h_e‖₂; no router can know them beforehand."""
+def oracle(partition: Partition, ffns: Sequence[FFN], k: int) -> list[Scale]:
+    """The oracle router of PEERS §1: per token the k experts with the largest ‖W_down,e h_e‖₂.
+
+    No router can know these norms beforehand. A strong reference, not a bound: it looks at each expert alone, and a
+    choice that looks at what the chosen ones add up to can lose less.
+    """
 
     def layer_scale(index: Tensor, down: Tensor) -> Scale:
         owner, energy = expert_of(index), energies(index, down)
@@ -94,9 +99,7 @@ def static(scores: Sequence[Tensor], keep: float) -> list[Scale]:
     return [lambda x, h, mask=m: mask.to(h) for m in masks]  # type: ignore[misc]
 
 
-def dropped_mean(
-    ffns: Sequence[GatedFFN], scores: Sequence[Tensor], means: Sequence[Tensor], keep: float
-) -> list[Tensor]:
+def dropped_mean(ffns: Sequence[FFN], scores: Sequence[Tensor], means: Sequence[Tensor], keep: float) -> list[Tensor]:
     """What the pruned neurons contribute on average, per layer `(d_model,)`: FLAP's bias compensation.
 
     `means` holds each layer's mean h `(d_ffn,)`.
@@ -120,7 +123,7 @@ def linear_router(weights: Sequence[Tensor], partition: Partition, k: int) -> li
         owner = expert_of(index)
 
         def scale(x: Tensor, h: Tensor) -> Tensor:
-            gates = (x.float() @ weight.detach().T).softmax(-1)
+            gates = (x.float() @ weight.detach().to(x.device).T).softmax(-1)
             return (gates * top_mask(gates, k) * weight.shape[0]).to(h)[..., owner]
 
         return scale

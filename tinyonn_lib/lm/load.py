@@ -37,7 +37,7 @@ def load_model(path_or_id: str, dtype: Dtype = "float32", device: str = "auto") 
 
     if dtype not in get_args(Dtype):
         raise BenchError(f"Unknown dtype '{dtype}': choose one of {', '.join(get_args(Dtype))}.")
-    place = _device(device)
+    place = pick_device(device)
     where, options = _origin(path_or_id)
     if dtype == "nf4":
         options |= _nf4_options(place)
@@ -85,7 +85,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
         raise BenchError(f"Cannot load a tokenizer from {path_or_id}: {_one_line(error)}") from error
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -109,6 +109,38 @@ def pretrain(
     finally:
         model.eval()
         model.set_attn_implementation(attention)
+
+
+def pretrain_each(
+    models: Mapping[str, tuple[PreTrainedModel, int]],
+    train_blocks: Tensor,
+    folder: Path,
+    progress: Callable[[str, str], Progress],
+    *,
+    device: str = "auto",
+    **recipe: Any,
+) -> pd.DataFrame:
+    """`pretrain` several models on the same blocks, one after the other, each in place.
+
+    Args:
+        models: name → model and its budget in tokens.
+        folder: where the checkpoints `<name>.pt` go.
+        progress: makes a reporter from a name and a unit.
+        device: "auto" takes the GPU if there is one.
+        recipe: options of `pretrain`.
+
+    Returns:
+        The histories below each other, with a column `model`.
+    """
+    from tinyonn_lib.lm.load import pick_device
+
+    place, histories = pick_device(device), []
+    for name, (model, tokens) in models.items():
+        model.to(place)  # type: ignore[arg-type]
+        checkpoint, report = folder / f"{name}.pt", progress(name, "steps")
+        history = pretrain(train_blocks, model, tokens=tokens, checkpoint=checkpoint, progress=report, **recipe)
+        histories.append(history.assign(model=name))
+    return pd.concat(histories, ignore_index=True)
 
 
 def _check(blocks: Tensor, model: PreTrainedModel, tokens: int, seconds: float | None, batch: int) -> None:

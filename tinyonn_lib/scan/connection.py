@@ -68,14 +68,16 @@ class Connection:
             try:
                 value = call()
             except (errors.AuthenticationError, errors.AuthorizationError):
-                raise BenchError(f"{self.address} refuses this user or password: check redis_url") from None
-            except errors.WatchError:
-                raise
+                raise BenchError(self._refused()) from None
+            except errors.WatchError as error:
+                if "occurred while watching" not in str(error):  # redis-py's words for a connection lost meanwhile
+                    raise
+                problem: Exception = error
             except (errors.ConnectionError, errors.TimeoutError, OSError) as error:  # BusyLoadingError too
                 problem = error
             except errors.ResponseError as error:
                 if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-                    raise BenchError(f"{self.address} refuses this user or password: check redis_url") from None
+                    raise BenchError(self._refused()) from None
                 raise BenchError(f"{self.address} refused a command: {error}") from None
             else:
                 self._reached = True
@@ -84,6 +86,12 @@ class Connection:
                 raise BenchError(self._lost(problem, safe)) from None
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
+
+    def _refused(self) -> str:
+        return (
+            f"{self.address} refuses this user or password: check the user in redis_url and the password in "
+            "TINYONN_REDIS_PASSWORD"
+        )
 
     def _lost(self, problem: Exception, safe: str) -> str:
         if not self._reached:

@@ -133,7 +133,15 @@ def private_server(folder: Path) -> Iterator[PrivateServer]:
             )
             _wait_ready(socket, folder, process)
             url = f"unix://{urllib.parse.quote(str(socket))}"
-            yield PrivateServer(folder, socket, url, number, reused=pid is not None)
+            try:
+                yield PrivateServer(folder, socket, url, number, reused=pid is not None)
+            except BenchError as error:
+                if process is None or process.poll() is None:
+                    raise
+                raise BenchError(  # it leaves when it cannot write, and its client only saw it go
+                    f"the Redis server in {folder} stopped ({_last_line(folder / 'server.log')}): when its disk is "
+                    "full, make room; then run the same command again, everything committed is safe"
+                ) from error
         finally:
             owner.unlink(missing_ok=True)
             if watchdog is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,10 +19,12 @@ from filelock import FileLock, Timeout
 from tinyonn_lib import __version__
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.workbench import params, runs
-from tinyonn_lib.workbench.phases import PHASES, ROOT, Phase, reports_root, runs_root
+from tinyonn_lib.workbench.phases import PHASES, ROOT, Phase, home, reports_root, runs_root
 
 SHARED = ("run", "base", "profile")
 """Overrides that mean the same for every phase and so need no `phase.` in front."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.do(args) or 0)
     except BenchError as error:
         print(f"tinyonn: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(
+            f"tinyonn: {error.strerror}: {error.filename or home()}. Make room there, or set TINYONN_HOME to a folder "
+            "on another disk that may be written to; then run the same command again.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("tinyonn: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -80,28 +97,44 @@ def _explain(phase: Phase) -> str:
 def _run(args: argparse.Namespace) -> int:
     jobs = params.expand(args.overrides) if args.multirun else [args.overrides]
     plans = [_plan(args.phase, job, sweep=args.multirun) for job in jobs]  # all checked before the first one starts
-    try:
-        for number, plan in enumerate(plans, 1):
-            if len(plans) > 1:
-                print(f"job {number} of {len(plans)}: run {plan[0][1]['run']}", flush=True)
+    failed: list[BenchError] = []
+    for number, plan in enumerate(plans, 1):
+        if len(plans) > 1:
+            print(f"job {number} of {len(plans)}: run {plan[0][1]['run']}", flush=True)
+        try:
             _run_plan(plan, force=args.force)
-    except BenchError:
-        _report(args)  # what is there, and how far the failed phase got
-        raise
+        except BenchError as error:
+            failed.append(error)
+    for earlier in failed[:-1]:
+        print(f"tinyonn: {earlier}", file=sys.stderr)
+    if failed:
+        if not any(isinstance(each, Busy) for each in failed):  # else its pages belong to the one at work
+            with contextlib.suppress(OSError):  # the error is what counts
+                _report(args)  # what is there, and how far the failed phase got
+        raise failed[-1]
     return _report(args)
+
+
+class Busy(BenchError):
+    """Another command works on the run."""
 
 
 Plan = list[tuple[Phase, dict[str, Any]]]
 
 
 def _plan(which: str, overrides: Sequence[str], sweep: bool) -> Plan:
-    """The phases of one job with their checked parameters."""
+    """The phases of one job with their checked parameters.
+
+    A run keeps what was once chosen for it: default ← profile ← what its last results were made with, where that
+    differed from the default ← overrides.
+    """
     chosen = list(PHASES.values()) if which == "all" else [PHASES[which]]
-    shared = dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in SHARED and "=" in o)
+    pairs = [o.split("=", 1) for o in overrides if "=" in o]
+    shared = {key: value.strip("'\"") for key, value in pairs if key in SHARED}
     own = [o for o in overrides if o.split("=", 1)[0] not in SHARED]
     if sweep:
         shared.setdefault("base", shared.get("run", "default"))
-        shared["run"] = ",".join([shared["base"], *own])
+        shared["run"] = re.sub(r"[^A-Za-z0-9._+,=-]+", "-", ",".join([shared["base"], *own]))[:200]
     mine: dict[str, list[str]] = {phase.name: [] for phase in chosen}
     for text in own:
         head, _, rest = text.partition(".")
@@ -114,9 +147,41 @@ def _plan(which: str, overrides: Sequence[str], sweep: bool) -> Plan:
                 f"'{text}': say whose parameter it is, such as scan.tokens=1000 (phases: {', '.join(mine)})."
             )
     for_all = [f"{key}='{value}'" for key, value in shared.items() if key != "profile"]
-    plan = [(p, params.compose(p, [*mine[p.name], *for_all], shared.get("profile", ""))) for p in chosen]
+    plan = []
+    for phase in chosen:
+        values = params.compose(phase, [*mine[phase.name], *for_all], shared.get("profile", ""))
+        given = {text.split("=", 1)[0] for text in mine[phase.name]}
+        plan.append((phase, _anchored(_kept(phase, values, given))))
+    return [(phase, values) for phase, values in plan if which != "all" or phase.name in _wanted(plan)]
+
+
+def _kept(phase: Phase, values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """`values` with what the run's last result of this phase was made with, unless given anew."""
+    manifest = runs.read_manifest(runs.folder_of(values["run"], phase.name))
+    defaults = params.defaults(phase)
+    kept = {
+        key: value
+        for key, (_, value) in (manifest["changed"] if manifest else {}).items()
+        if key in values and key not in given and values[key] == defaults[key] != value
+    }
+    if kept:
+        shown = ", ".join(f"{key}={value}" for key, value in kept.items())
+        print(f"{phase.name} keeps {shown} from its last result in run '{values['run']}'", flush=True)
+    return params.validate(phase, {**values, **kept}).model_dump()
+
+
+def _anchored(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths made absolute, because notebooks run in another folder than the one the command was given in."""
+    return {
+        key: str(Path(value).resolve()) if key in ("texts", "model") and value and Path(value).exists() else value
+        for key, value in values.items()
+    }
+
+
+def _wanted(plan: Plan) -> set[str]:
+    """The phases that have a part in the run: pretrain has none when scan brings its own model and texts."""
     read = {name for phase, values in plan for name in phase.reads(values)}
-    return [(p, v) for p, v in plan if which != "all" or p.inputs or p.name in read]
+    return {phase.name for phase, _ in plan if phase.inputs or phase.name in read}
 
 
 def _run_plan(plan: Plan, force: bool) -> None:
@@ -138,7 +203,7 @@ def _run_plan(plan: Plan, force: bool) -> None:
                 table.append((phase, said, time.perf_counter() - began, runs.find(phase.name, run, values["base"])))
             _print_table(table)
     except Timeout:
-        raise BenchError(
+        raise Busy(
             f"Another tinyonn is working on run '{run}': wait for it, or choose another folder with run=NAME."
         ) from None
 
@@ -159,10 +224,13 @@ def _status(args: argparse.Namespace) -> int:
     manifests = {name: runs.read_manifest(runs_root() / args.run / name) for name in PHASES}
     base = next((m["params"]["base"] for m in manifests.values() if m and m["params"]["base"]), "")
     following = ""
-    for phase in PHASES.values():
-        hit = runs.find(phase.name, args.run, base)
-        values = {**(hit[1]["params"] if hit else params.defaults(phase)), "run": args.run, "base": base}
-        state = runs.state(phase, values)
+    hits = {name: runs.find(name, args.run, base) for name in PHASES}
+    made = {name: hit[1]["params"] if hit else params.defaults(PHASES[name]) for name, hit in hits.items()}
+    plan = [(phase, {**made[name], "run": args.run, "base": base}) for name, phase in PHASES.items()]
+    for phase, values in plan:
+        if phase.name not in _wanted(plan):
+            continue
+        hit, state = hits[phase.name], runs.state(phase, values)
         lent = hit is not None and not manifests[phase.name]
         if lent and state != "done":  # the base run's result stands on other inputs: it is not this run's
             hit, state = None, "not run"
@@ -190,8 +258,11 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _lab(args: argparse.Namespace) -> int:
+    from tinyonn_lib.workbench.execute import threads
+
     command = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(ROOT)]
-    return subprocess.call(command, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return subprocess.call(command, env={**os.environ, **threads(), "PATH": path})
 
 
 def _lint(args: argparse.Namespace) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +15,14 @@ from typing import Any
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.workbench.phases import ROOT, Phase
 from tinyonn_lib.workbench.report import build_report
-from tinyonn_lib.workbench.runs import PENDING, folder_of, seal
+from tinyonn_lib.workbench.runs import FAILED, MANIFEST, PENDING, folder_of, seal
 
+CONFIG = {
+    # The kernel talks over loopback; encrypted, so that no other user of the machine can listen in.
+    "KernelManager": {"transport_encryption": "auto"},
+    # Its own notes ("KeyboardInterrupt caught in kernel" at shutdown) would stand beside the one line that helps.
+    "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]},
+}
 NO_SPACE = ("No space left on device", "os error 28", "Disk quota exceeded")
 
 
@@ -31,6 +40,7 @@ def execute(phase: Phase, values: Mapping[str, Any]) -> None:
     folder = folder_of(str(values["run"]), phase.name)
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "notebook.ipynb"
+    _set_aside(folder)
     with _environment(phase):
         try:
             papermill.execute_notebook(
@@ -41,36 +51,83 @@ def execute(phase: Phase, values: Mapping[str, Any]) -> None:
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 cwd=ROOT,
-                # The kernel talks over loopback; encrypted, so that no other user of the machine can listen in.
-                config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+                config=Config(CONFIG),
             )
         except PapermillExecutionError as error:
             if error.ename == "KeyboardInterrupt":
                 raise KeyboardInterrupt from None
-            build_report(out, folder / "report.html")  # as far as it got, with the error on top
-            raise BenchError(_explain(phase, error, out)) from None
+            raise BenchError(_explain(phase, error, _after_failure(folder))) from None
         except DeadKernelError:
             raise BenchError(
                 f"The kernel of {phase.name} died, most often for lack of memory: "
                 f"lower its sizes in params/{phase.name}.yaml and run `tinyonn {phase.name}` again."
             ) from None
         except OSError as error:
-            raise BenchError(f"{phase.name}: {error}. Run `tinyonn {phase.name}` again to go on.") from None
+            raise BenchError(_explain_disk(phase, error, out)) from None
     if not (folder / PENDING).is_file():
         raise BenchError(f"{phase.notebook.name} ended without run.finish(): its last cell must hand over.")
-    build_report(out, folder / "report.html")
-    seal(folder)
+    try:
+        build_report(out, folder / "report.html")
+    except OSError as error:
+        raise BenchError(_explain_disk(phase, error, out)) from None
+    finally:
+        shutil.rmtree(folder / ".before", ignore_errors=True)
+        seal(folder)  # last; a page can be built again, so for want of one no result is lost
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep the pages of the result that stands until the phase replaces it."""
+    before = folder / ".before"
+    if (folder / MANIFEST).is_file() and not before.is_dir():
+        before.mkdir()
+        for name in ("notebook.ipynb", "report.html"):
+            if (folder / name).is_file():
+                (folder / name).replace(before / name)
+
+
+def _after_failure(folder: Path) -> Path:
+    """Where the notebook that failed is now: apart, if it replaced nothing and the earlier result stands."""
+    out, before = folder / "notebook.ipynb", folder / ".before"
+    if (folder / MANIFEST).is_file() and before.is_dir():
+        out = out.replace(folder / FAILED)
+        for page in before.iterdir():
+            page.replace(folder / page.name)
+    else:
+        with contextlib.suppress(OSError):  # on a full disk there is no page, but still the line that says so
+            build_report(out, folder / "report.html")  # as far as it got, with the error on top
+    shutil.rmtree(before, ignore_errors=True)
+    return out
 
 
 def _explain(phase: Phase, error: Any, out: Path) -> str:
     if error.ename == "BenchError":
         return str(error.evalue)
     if any(sign in error.evalue for sign in NO_SPACE):
-        return (
-            f"No space left on the disk of {out.parent}: make room or set TINYONN_HOME to another disk, "
-            f"then run `tinyonn {phase.name}` again; it goes on from its last checkpoint."
-        )
+        return _no_space(phase, out)
     return f"{phase.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue} (traceback in {out})"
+
+
+def _explain_disk(phase: Phase, error: OSError, out: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _no_space(phase, out)
+    return f"{phase.name}: {error}. Run `tinyonn {phase.name}` again to go on."
+
+
+def _no_space(phase: Phase, out: Path) -> str:
+    return (
+        f"No space left on the disk of {out.parent}: make room or set TINYONN_HOME to another disk, "
+        f"then run `tinyonn {phase.name}` again; it goes on from its last checkpoint."
+    )
+
+
+def threads() -> dict[str, str]:
+    """OpenMP settings for kernels, where the user has set none: the cores we may use, at most eight, and no spinning.
+
+    Small models do not gain from more; threads that spin while they wait take cores from whoever has work.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {"OMP_NUM_THREADS": str(min(cores, 8)), "OMP_WAIT_POLICY": "passive"}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
 @contextmanager
@@ -79,8 +136,7 @@ def _environment(phase: Phase) -> Iterator[None]:
     wanted = {
         "TINYONN_BATCH": phase.name,
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        # Threads that spin while they wait take the second core from whoever has work.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        **threads(),
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

@@ -6,7 +6,6 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from tinyonn_lib.errors import BenchError
 from tinyonn_lib.workbench.params import validate
 from tinyonn_lib.workbench.phases import PHASES, Params
 from tinyonn_lib.workbench.runs import Run, open_run
@@ -32,24 +31,22 @@ def start(phase: str, namespace: Mapping[str, Any]) -> tuple[Any, Run]:
 
 
 def assigned(sources: list[str]) -> dict[str, Any]:
-    """Names and values set by cells that hold nothing but `name = constant`: the parameters and what was injected.
+    """Names and values set by the parameters cell and by what papermill injected below it.
 
     papermill only warns about a name that no parameter has, and then runs with the default; this finds it. It also
     keeps a parameter safe from an import of the same name further down.
     """
     found: dict[str, Any] = {}
     for source in sources:
+        if not source.startswith(("# Mirrors params/", "# Parameters\n")):
+            continue
         try:
             body = ast.parse(source).body
         except SyntaxError:
             continue
-        cell: dict[str, Any] = {}
         for node in body:
-            if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _constant(node.value)):
-                break
-            cell[node.targets[0].id] = eval(ast.unparse(node.value), {"__builtins__": {}})
-        else:
-            found |= cell
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _constant(node.value):
+                found[node.targets[0].id] = eval(ast.unparse(node.value), {"__builtins__": {}})
     return found
 
 
@@ -71,6 +68,3 @@ def _quiet() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }.items():
         os.environ.setdefault(name, value)
-
-
-__all__ = ["BenchError", "assigned", "start"]

@@ -65,8 +65,12 @@ def write_atomic(path: Path, text: str | bytes) -> None:
     data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError:  # on a full disk the half page would keep it full
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_manifest(folder: Path, name: str = "manifest.json") -> dict[str, Any]:

@@ -52,6 +52,8 @@ def validate(phase: Phase, values: Mapping[str, Any]) -> Params:
         return phase.schema.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # a rule about several keys says all by itself
+            raise BenchError(f"{phase.name}: {first['msg'].removeprefix('Value error, ')}.") from None
         key = str(first["loc"][0])
         if first["type"] == "missing":
             raise BenchError(f"{phase.name} needs the parameter '{key}'; params/{phase.name}.yaml has it.") from None

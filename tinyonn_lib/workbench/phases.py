@@ -1,7 +1,7 @@
 """The table of phases: what each asks, what it reads, and which parameters it takes.
 
 A phase is one notebook. Adding one is a notebook, a `params/<name>.yaml` and an entry in `PHASES`
-(docs/add_a_phase.md). Defaults live in the YAML alone; the models here hold types and bounds.
+(docs/adding.md). Defaults live in the YAML alone; the models here hold types and bounds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: where `notebooks/` and `params/` are."""
@@ -37,6 +37,7 @@ RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,=
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=0.5)]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -50,7 +51,7 @@ def _fractions(text: str) -> str:
     return text
 
 
-Fractions = Annotated[str, AfterValidator(_fractions)]
+Fractions = Annotated[str, BeforeValidator(str), AfterValidator(_fractions)]
 """Several fractions in one flat value, such as `0.25 0.5 0.75`."""
 
 
@@ -73,8 +74,9 @@ class Params(BaseModel):
 class Pretrain(Params):
     texts: str
     corpus_packages: str
-    calibration: Fraction
-    heldout: Fraction
+    device: str
+    calibration: Share
+    heldout: Share
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)]
     width: Annotated[int, Field(ge=16, multiple_of=2)]
     layers: Count
@@ -96,6 +98,12 @@ class Pretrain(Params):
     checkpoint_seconds: Positive
     prompts: str
     seed: Seed
+
+    @model_validator(mode="after")
+    def _heads(self) -> Pretrain:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        return self
 
 
 class Scan(Params):
@@ -124,6 +132,7 @@ class Cluster(Params):
 
 
 class Experts(Params):
+    device: str
     experts: Annotated[int, Field(ge=2)]
     active: Fractions
     eval_tokens: Count
@@ -133,6 +142,7 @@ class Experts(Params):
 
 
 class Router(Params):
+    device: str
     active: Fraction
     partition: Literal["sp", "random"]
     warm_tokens: Count

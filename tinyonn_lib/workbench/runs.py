@@ -28,7 +28,9 @@ from tinyonn_lib.workbench.phases import PHASES, Params, Phase, runs_root
 
 MANIFEST = "manifest.json"
 PENDING = ".manifest.json"
-NOT_OUTPUTS = {MANIFEST, "notebook.ipynb", "report.html"}
+FAILED = "failed.ipynb"
+NOT_OUTPUTS = {MANIFEST, FAILED, "notebook.ipynb", "report.html"}
+WHOLE_HASH = 64_000_000  # bytes: larger files of the user are told apart by size and time
 PLACE = ("run", "base")  # parameters that say where a phase lives, not what it computes
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "umap-learn", "plotly")
 
@@ -92,7 +94,21 @@ def input_digests(phase: Phase, values: Mapping[str, Any]) -> dict[str, str]:
         ):
             raise BenchError(f"{phase.name} needs {name}, whose own inputs have changed since: {where}.")
         found[name] = str(manifest["digest"])
-    return found
+    return found | _external(values)
+
+
+def _external(values: Mapping[str, Any]) -> dict[str, str]:
+    """Files and folders of the user's that parameters name: what they hold is an input like any other."""
+    given = {key: Path(str(values[key])) for key in ("texts", "model") if values.get(key)}
+    return {f"{key} {path.name}": _content(path) for key, path in given.items() if path.exists()}
+
+
+def _content(path: Path) -> str:
+    if path.is_file():
+        stat = path.stat()
+        return digest([stat.st_size, sha256(path) if stat.st_size <= WHOLE_HASH else stat.st_mtime_ns])
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return digest([[p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 
 def _science(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,12 +159,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device() -> str:
+def device_name(device: object) -> str:
+    """What a phase ran on, for people."""
+    if not str(device).startswith("cuda"):
+        return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
     import torch
 
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+    return str(torch.cuda.get_device_name(str(device)))
 
 
 def seal(folder: Path) -> None:
@@ -157,9 +174,13 @@ def seal(folder: Path) -> None:
     shutil.rmtree(folder / ".resume", ignore_errors=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One phase at work in its folder; made by `tinyonn_lib.workbench.start`."""
+    """One phase at work in its folder; made by `tinyonn_lib.workbench.start`.
+
+    An earlier result of the phase stands until this one writes its first artefact, so that a mistake in a parameter
+    costs nothing.
+    """
 
     phase: Phase
     params: Params
@@ -167,6 +188,7 @@ class Run:
     inputs: dict[str, str]
     lock: FileLock
     began: float
+    writing: bool = False
 
     @property
     def resume(self) -> Path:
@@ -176,7 +198,8 @@ class Run:
         return path
 
     def path(self, name: str) -> Path:
-        """Where to write an artefact of this phase."""
+        """Where to write an artefact of this phase; the first call clears an earlier result away."""
+        self._clear()
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -197,6 +220,33 @@ class Run:
                 )
         return folder / name
 
+    def table(self, phase: str, name: str) -> Any:
+        """A parquet artefact of an earlier phase as a pandas frame."""
+        import pandas as pd
+
+        return pd.read_parquet(self.input(phase, name))
+
+    def say(self, markdown: str) -> None:
+        """Show computed text; what comes from data sets must be escaped."""
+        from IPython.display import Markdown, display
+
+        display(Markdown(markdown))
+
+    def _clear(self) -> None:
+        if self.writing:
+            return
+        self.writing = True
+        # In batch the notebook in the folder is the one that runs now; by hand it would be that of another run.
+        batch = os.environ.get("TINYONN_BATCH") == self.phase.name
+        keep = {".resume", ".lock", ".before"} | ({"notebook.ipynb"} if batch else set())
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in self.resume.parent.iterdir():
+            if path != self.resume:
+                shutil.rmtree(path)
+
     def model(self) -> str:
         """The dense model this run is about: a hub id or folder given to scan, else the one pretrain made."""
         scanned = find("scan", self.params.run, self.params.base)
@@ -216,11 +266,19 @@ class Run:
         """`report(done, total, note)`: a bar in JupyterLab, sparse lines in batch."""
         return progress.reporter(what, unit)
 
-    def finish(self, metrics: Mapping[str, float | int | str], headline: tuple[str, str]) -> None:
-        """Hash the artefacts and write the manifest; `headline` is (label, value) for the index card."""
+    def finish(
+        self, metrics: Mapping[str, float | int | str], headline: tuple[str, str], device: object = "cpu"
+    ) -> None:
+        """Hash the artefacts and write the manifest.
+
+        Args:
+            headline: (label, value) for the index card.
+            device: where the work was done, such as `model.device`.
+        """
+        self._clear()
         files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
         names = [p.relative_to(self.folder).as_posix() for p in files]
-        outputs = {n: n for n in names if not n.startswith(".") and n not in NOT_OUTPUTS}
+        outputs = [n for n in names if not n.startswith(".") and n not in NOT_OUTPUTS]
         entries = {n: {"sha256": sha256(self.folder / n), "bytes": (self.folder / n).stat().st_size} for n in outputs}
         values = self.params.model_dump()
         manifest = {
@@ -233,7 +291,7 @@ class Run:
             "metrics": dict(metrics),
             "headline": {"label": headline[0], "value": headline[1]},
             "versions": versions(),
-            "device": device(),
+            "device": device_name(device),
             "seconds": round(time.time() - self.began, 2),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             # What later phases depend on: what was asked and what came out, not when or how fast.
@@ -250,7 +308,7 @@ _open: dict[Path, FileLock] = {}
 
 
 def open_run(phase: Phase, params: Params, patience: float = 15.0) -> Run:
-    """Take the phase's folder: lock it, check its inputs, and drop the manifest that will be replaced.
+    """Take the phase's folder: check its inputs and lock it.
 
     `patience` (seconds) lets the kernel of a killed command notice that its parent is gone.
     """
@@ -266,22 +324,8 @@ def open_run(phase: Phase, params: Params, patience: float = 15.0) -> Run:
                 f"Another process is working on runs/{params.run}/{phase.name}: wait for it, shut down its kernel, "
                 f"or choose another folder with run=NAME."
             ) from None
-    (folder / MANIFEST).unlink(missing_ok=True)
     (folder / PENDING).unlink(missing_ok=True)
-    run = Run(phase, params, folder, inputs, lock, time.time())
-    _drop_leftovers(run)
-    return run
-
-
-def _drop_leftovers(run: Run) -> None:
-    """Remove what an earlier call left, except the checkpoints that this one continues from."""
-    keep = {run.resume.parent.name, ".lock", "notebook.ipynb", "report.html"}
-    for path in run.folder.iterdir():
-        if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in run.resume.parent.iterdir():
-        if path != run.resume:
-            shutil.rmtree(path)
+    return Run(phase, params, folder, inputs, lock, time.time())
 
 
 def known_runs() -> list[str]:

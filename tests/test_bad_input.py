@@ -1,0 +1,348 @@
+"""Bad input through the real command: one clear line, exit 1, no manifest, nothing earlier harmed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import redis
+import torch
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm import hub, load, texts, tokenizer
+from tinyonn_lib.scan.server import find_server, socket_path
+from tinyonn_lib.workbench import params, runs
+from tinyonn_lib.workbench.phases import PHASES
+
+from . import tiny
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command in a run of its own, whose earlier phases are the finished run's, and what its one line must say."""
+
+    phase: str
+    arguments: tuple[str, ...]
+    says: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def bad(phase: str, *arguments: object, says: tuple[str, ...], **environment: str) -> Case:
+    return Case(phase, tuple(map(str, arguments)), says, environment)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Pretrain, scan and cluster finished in run `default`: their notebooks' cells, run here to spare three kernels."""
+    folder = tmp_path_factory.mktemp("bad")
+    overrides = tiny.overrides(tiny.write_texts(folder / "texts.jsonl"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYONN_HOME", str(folder))
+        patch.delenv("TINYONN_BATCH", raising=False)
+        for name in ("pretrain", "scan", "cluster"):
+            own = [o.removeprefix(f"{name}.") for o in overrides if o.startswith(f"{name}.")]
+            values = params.compose(PHASES[name], own)
+            namespace: dict[str, Any] = {"In": ["\n".join(f"{key} = {value!r}" for key, value in values.items())]}
+            for cell in nbformat.read(PHASES[name].notebook, as_version=4).cells:
+                if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+                    exec(cell.source, namespace)
+        yield folder
+
+
+def fingerprints(home: Path) -> dict[str, str]:
+    files = [path for path in (home / "runs/default").rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): runs.sha256(path) for path in files}
+
+
+def call(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    surrounding = tiny.environment(home) | environment
+    return subprocess.run(
+        tiny.command(*arguments), env=surrounding, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("tinyonn: ")
+    for said in says:
+        assert said in lines[0]
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["scan", "tokenz=3"], ["scan has no parameter 'tokenz'", "Did you mean 'tokens'?"]),
+        (["all", "scan.tokenz=3"], ["scan has no parameter 'tokenz'", "Did you mean 'tokens'?"]),
+        (["all", "tokens=3"], ["'tokens=3'", "say whose parameter it is, such as scan.tokens"]),
+        (["scan", "tokens=many"], ["scan.tokens = 'many'", "valid integer"]),
+        (["cluster", "clusters=1"], ["cluster.clusters = 1", "greater than or equal to 2"]),
+        (["scan", "batch=2"], ["scan.batch = 2", "should be 1"]),
+        (["scan", "run=../up"], ["scan.run = '../up'", "match pattern"]),
+        (["scan", "redis_url=redis://:hunter2@host/0"], ["scan.redis_url = …", "TINYONN_REDIS_PASSWORD"]),
+        (["scan", "profile=none_such"], ["no profile 'none_such'", "Known: "]),
+        (["router", "-m", "lr=0.1,none"], ["router.lr = 'none'", "valid number"]),
+    ],
+)  # fmt: skip
+def test_parameters_are_refused_before_anything_starts(tmp_path: Path, arguments: list[str], says: list[str]) -> None:
+    began = time.monotonic()
+    done = call(tmp_path, *arguments)
+    assert time.monotonic() - began < 5
+    one_line(done, *says)
+    assert "hunter2" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def gpt2(folder: Path) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300)).save_pretrained(folder)
+    tokenizer.train_bpe(["The router feeds the layer."], 300).save_pretrained(folder)
+    return folder
+
+
+def copied_model(home: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    shutil.copytree(home / "runs/default/pretrain/model", folder)
+    change(folder / "model.safetensors")
+    return folder
+
+
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def with_nan(weights: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def store_folder(home: Path, run: str, **given: Any) -> Path:
+    """Where the scan of `run` will keep its private server: made here, so that something else can sit there first."""
+    phase = PHASES["scan"]
+    opened = runs.open_run(
+        phase, params.validate(phase, params.defaults(phase) | {"run": run, "base": "default"} | given)
+    )
+    opened.lock.release()
+    folder = (opened.resume / "store").resolve()
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def locked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of a server that wants a password."""
+    folder = tmp_path_factory.mktemp("redis")
+    path = folder / "s"
+    arguments = [
+        "--port",
+        "0",
+        "--unixsocket",
+        str(path),
+        "--requirepass",
+        "right-secret",
+        "--dir",
+        str(folder),
+        "--save",
+        "",
+    ]
+    server = subprocess.Popen([str(find_server()), *arguments], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert redis.Redis(unix_socket_path=str(path), password="right-secret").ping()
+        yield path
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of something that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def nobody() -> int:
+    """A port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_each_gives_one_clear_line(
+    home: Path, tmp_path: Path, locked_server: Path, silent: int, nobody: int, subtests: pytest.Subtests
+) -> None:
+    own = home / "texts.jsonl"
+    (tmp_path / "empty.jsonl").write_text("")
+    lines = own.read_text().splitlines()
+    (tmp_path / "cut.jsonl").write_text("\n".join([*lines[:6], lines[6][:-5], *lines[7:]]))
+    taken = socket_path(store_folder(home, "socket"))
+    taken.write_text("precious")
+    broken, nan = (copied_model(home, tmp_path / change.__name__, change) for change in (cut, with_nan))
+    unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{silent}"}
+    wrong = {"TINYONN_REDIS_PASSWORD": "wrong-secret"}
+
+    cases = {
+        "missing": bad("pretrain", f"texts={tmp_path}/none.jsonl", says=("No such file", "none.jsonl", "hub id")),
+        "empty": bad("pretrain", f"texts={tmp_path}/empty.jsonl", says=("empty.jsonl is empty",)),
+        "broken": bad("pretrain", f"texts={tmp_path}/cut.jsonl", says=("cut.jsonl line 7", "not valid JSON", "Repair")),
+        "hub_texts": bad(
+            "pretrain", "texts=owner/data", says=("cannot be reached", "--repo-type dataset owner/data"), **unreachable
+        ),
+        "hub_model": bad(
+            "scan", "model=owner/name", f"texts={own}", says=("cannot be reached", "download owner/name"), **unreachable
+        ),
+        "gpt2": bad(
+            "scan", f"model={gpt2(tmp_path / 'gpt2')}", f"texts={own}", says=("GPT2LMHeadModel", "gated", "Llama")
+        ),
+        "cut_model": bad("scan", f"model={broken}", f"texts={own}", says=(f"Cannot load the model {broken}", "again")),
+        "nan": bad(
+            "scan", f"model={nan}", f"texts={own}", says=("layer 1 (model.layers.1.mlp)", "NaN or infinite in sample 0")
+        ),
+        "socket": bad("scan", says=(str(taken), "not a socket", "move it away")),
+        "nobody": bad(
+            "scan", f"redis_url=redis://127.0.0.1:{nobody}/0", says=("no Redis server", f":{nobody}", "start")
+        ),
+        "password": bad(
+            "scan", f"redis_url=unix://{locked_server}", says=("refuses", "TINYONN_REDIS_PASSWORD"), **wrong
+        ),
+        "seven": bad("experts", "experts=7", says=("64 neurons", "7 experts", "8 would fit")),
+        "many": bad("experts", "experts=128", says=("64 neurons", "128 experts", "64 would fit")),
+    }
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        case = cases[name]
+        return call(home, case.phase, f"run={name}", "base=default", *case.arguments, **case.environment)
+
+    before = fingerprints(home)
+    with ThreadPoolExecutor(2) as pool:
+        answers = dict(zip(cases, pool.map(run, cases), strict=True))
+    for name, done in answers.items():
+        with subtests.test(name):
+            one_line(done, *cases[name].says)
+            assert "secret" not in done.stdout + done.stderr
+            folder = home / "runs" / name / cases[name].phase
+            assert (folder / "notebook.ipynb").is_file(), "the partial notebook stays"
+            assert not list(folder.glob("*manifest.json*"))
+    assert fingerprints(home) == before
+    assert taken.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("loads", "way"), [(texts.load_texts, "--repo-type dataset owner/name"), (load.load_model, "owner/name")]
+)
+def test_a_hub_that_never_answers_costs_seconds(
+    loads: Callable[[str], object], way: str, silent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM  # imported beforehand: that takes seconds, too, and they are not the hub's
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent}")
+    began = time.monotonic()
+    with pytest.raises(BenchError, match=f"cannot be reached from here.*hf download {way}"):
+        loads("owner/name")
+    assert time.monotonic() - began < hub.PROBE_SECONDS + 1
+
+
+def test_a_damaged_artefact_of_an_earlier_phase(home: Path, tmp_path: Path) -> None:
+    """One flipped byte, with size and time as they were."""
+    shutil.copytree(home / "runs/default/pretrain", tmp_path / "runs/default/pretrain")
+    weights = tmp_path / "runs/default/pretrain/model/model.safetensors"
+    data, stat = bytearray(weights.read_bytes()), weights.stat()
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    one_line(
+        call(tmp_path, "scan"), "pretrain/model/model.safetensors is not what pretrain wrote", "`tinyonn pretrain`"
+    )
+    assert not (tmp_path / "runs/default/scan/manifest.json").exists()
+    assert (tmp_path / "runs/default/pretrain/manifest.json").exists()
+
+
+def test_a_second_process_on_the_same_run_is_told_and_harms_nothing(home: Path) -> None:
+    first = subprocess.Popen(
+        tiny.command("scan", "run=first", "base=default", "tokens=1500", "length=48"),
+        env=tiny.environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (home / "runs/first/scan/notebook.ipynb").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        began = time.monotonic()
+        done = call(home, "all", "run=first")
+        seconds = time.monotonic() - began
+        assert first.poll() is None, "too late to disturb it"
+        one_line(done, "Another tinyonn is working on run 'first'", "run=NAME")
+        assert seconds < 6
+        assert first.communicate(timeout=120)[1] == ""
+        assert first.returncode == 0
+    finally:
+        first.kill()
+        first.wait()
+    manifests = [json.loads((home / f"runs/{run}/scan/manifest.json").read_text()) for run in ("default", "first")]
+    assert manifests[0]["metrics"] == manifests[1]["metrics"]
+
+
+FULL = {  # kilobytes of disk → more parameters, what the line says
+    60: ((), "No space left on the disk of"),  # the notebook and an artefact fill it
+    200: ((), "No space left on the disk of"),  # all artefacts fit, the report does not
+    130: (("length=8", "flush_seconds=0.001"), "when its disk is full"),  # the server's own file fills it
+}
+
+
+def test_a_disk_that_fills_up(home: Path, subtests: pytest.Subtests) -> None:
+    """Real, tiny disks for one run each, in mount namespaces that are gone afterwards."""
+    enter = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    folders = {size: home / f"runs/full{size}" for size in FULL}
+    mounts = {size: f"mount -t tmpfs -o size={size}k tmpfs {folder}" for size, folder in folders.items()}
+    for folder in folders.values():
+        folder.mkdir()
+    if not shutil.which("unshare") or subprocess.run([*enter, "sh", "-c", mounts[60]], capture_output=True).returncode:
+        pytest.skip("this machine lets us mount no small disk (needs Linux with unshare as root or user namespaces)")
+
+    def run(size: int) -> subprocess.CompletedProcess[str]:
+        script = f'{mounts[size]} && {{ "$@"; code=$?; ls -A {folders[size]}/scan; exit $code; }}'
+        arguments = tiny.command("scan", f"run=full{size}", "base=default", "tokens=3000", *FULL[size][0])
+        return subprocess.run(
+            [*enter, "sh", "-c", script, "sh", *arguments],
+            env=tiny.environment(home), capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    before = fingerprints(home)
+    with ThreadPoolExecutor(len(FULL)) as pool:
+        answers = dict(zip(FULL, pool.map(run, FULL), strict=True))
+    for size, done in answers.items():
+        with subtests.test(kilobytes=size):
+            one_line(done, FULL[size][1], "make room")
+            left = done.stdout.splitlines()
+            assert "notebook.ipynb" in left
+            assert "manifest.json" not in left
+            assert not [name for name in left if name.endswith(".part")], "half a file would keep the disk full"
+    assert fingerprints(home) == before
+
+
+def test_a_place_that_cannot_hold_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    one_line(call(tmp_path / "file", "pretrain"), "Not a directory", str(tmp_path / "file"), "TINYONN_HOME")
+    assert (tmp_path / "file").read_text() == "precious"
