@@ -60,11 +60,11 @@ def test_too_few_files_give_no_interval() -> None:
     found = evaluate.paired([fake(rng.normal(-5, 1, len(files)))], fake(np.zeros(len(files))), files)
     assert np.isnan(found.low)
     assert np.isnan(found.high)
-    assert found.verdict == "no clear difference"
+    assert found.verdict == "about as much as"
     assert "7 source files" in str(found)
 
 
-@pytest.mark.parametrize(("shift", "verdict"), [(-9.0, "less"), (9.0, "more"), (0.0, "no clear difference")])
+@pytest.mark.parametrize(("shift", "verdict"), [(-9.0, "less than"), (9.0, "more than"), (0.0, "about as much as")])
 def test_verdict_follows_the_interval(shift: float, verdict: str) -> None:
     nats = np.random.default_rng(4).normal(shift, 5, 50)
     assert evaluate.paired([fake(nats - nats.mean() + shift)], fake(np.zeros(50)), range(50)).verdict == verdict

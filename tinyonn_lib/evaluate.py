@@ -69,8 +69,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "less", "more", or "no clear difference" when the interval holds 0 or cannot be given."""
-        return "less" if self.high < 0 else "more" if self.low > 0 else "no clear difference"
+        """How much the first loses against the second; "about as much as" when the interval holds 0 or is missing."""
+        return "less than" if self.high < 0 else "more than" if self.low > 0 else "about as much as"
 
     def __str__(self) -> str:
         if self.groups < MIN_GROUPS:

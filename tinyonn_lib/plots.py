@@ -306,13 +306,12 @@ def delta_nll(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     shares = sorted(table["active"].unique())
-    titles = [f"{share:.0%} active" for share in shares]
-    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.06)
+    titles = [f"{share:.0%} of the FFN parameters active" for share in shares]
+    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
     for column, share in enumerate(shares, 1):
-        figure.add_trace(_interval_bars(table[table["active"] == share], inside=True), row=1, col=column)
-    figure.update_layout(title="What is lost when only a part is active (95 % intervals)", showlegend=False)
-    figure.update_layout(margin={"t": 90}, height=360)
-    figure.update_xaxes(title="ΔNLL, nats per token", rangemode="tozero")
+        _add_interval_bars(figure, table[table["active"] == share], row=1, col=column)
+    figure.update_layout(title="What is lost", showlegend=False, margin={"t": 90}, height=360)
+    figure.update_annotations(font_size=13)
     best = table.loc[table.groupby("active")["mean"].idxmin()]
     alt = "Loss over active share; least lost: " + ", ".join(
         f"{row.method} at {row.active:.0%} ({row.mean:+.3f})" for row in best.itertuples()
@@ -320,29 +319,32 @@ def delta_nll(table: pd.DataFrame) -> go.Figure:
     return describe(figure, alt + ".", table, thumbnail=True)
 
 
-def _interval_bars(table: pd.DataFrame, *, inside: bool) -> go.Bar:
-    """Horizontal bars in the table's order, top first; what is trained or routed in the accent colour."""
+def intervals(table: pd.DataFrame) -> go.Figure:
+    """ΔNLL of several methods at one active share, bars with 95 % intervals; `method, active, mean, low, high`."""
+    figure = go.Figure()
+    _add_interval_bars(figure, table)
+    figure.update_layout(title=f"{table['active'].iloc[0]:.0%} of the FFN parameters active", showlegend=False)
+    alt = "ΔNLL, nats per token: " + ", ".join(f"{r.method} {r.mean:+.3f}" for r in table.itertuples()) + "."
+    return describe(figure, alt, table, thumbnail=True)
+
+
+def _add_interval_bars(figure: go.Figure, table: pd.DataFrame, **place: int) -> None:
+    """Horizontal bars in the table's order, top first, their value behind the interval; routers in accent colour."""
     rows = table.iloc[::-1]
-    spans = [f"{r.mean:+.3f}" + ("" if inside else f" [{r.low:+.3f}, {r.high:+.3f}]") for r in rows.itertuples()]
-    return go.Bar(
+    names = rows["method"].map(lambda v: html.escape(str(v)))
+    figure.add_bar(
         x=rows["mean"],
-        y=rows["method"].map(lambda v: html.escape(str(v))),
+        y=names,
         orientation="h",
         marker_color=[ACCENT if "router" in method else QUIET for method in rows["method"]],
-        text=spans,
-        textposition="auto" if inside else "outside",
-        cliponaxis=False,
         error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "thickness": 1},
+        **place,
     )
-
-
-def intervals(table: pd.DataFrame, *, title: str) -> go.Figure:
-    """ΔNLL of several methods at one active share, as points with 95 % intervals; `method, mean, low, high`."""
-    alt = "ΔNLL, nats per token: " + ", ".join(f"{r.method} {r.mean:+.3f}" for r in table.itertuples()) + "."
-    figure = go.Figure(_interval_bars(table, inside=False))
-    figure.update_layout(title=title, margin={"r": 170})
-    figure.update_xaxes(title="ΔNLL (nats per token, lower is better)", rangemode="tozero")
-    return describe(figure, alt, table, thumbnail=True)
+    ends = rows["high"].fillna(rows["mean"])
+    text = [f" {mean:+.3f}" for mean in rows["mean"]]
+    figure.add_scatter(x=ends, y=names, mode="text", text=text, textposition="middle right", hoverinfo="skip", **place)
+    span = [min(0.0, float(rows["low"].fillna(0).min()) * 1.1), float(ends.max()) * 1.3 or 1.0]
+    figure.update_xaxes(title="ΔNLL, nats per token, 95 % interval", range=span, **place)
 
 
 def facts(values: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def test_overrides_find_their_phase() -> None:
     assert found["scan"]["tokens"] == 7
     assert {values["run"] for values in found.values()} == {"x"}
     assert plan("scan", "tokens=7")["scan"] == plan("scan", "scan.tokens=7")["scan"]
-    with pytest.raises(BenchError, match="'tokens=7': say whose it is"):
+    with pytest.raises(BenchError, match="'tokens=7': say whose"):
         plan("all", "tokens=7")
 
 

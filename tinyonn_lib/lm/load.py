@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -86,6 +87,11 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
 
 
 def pick_device(device: str) -> torch.device:
+    """ "auto" is the GPU if there is one; anything else must be available here.
+
+    Raises:
+        BenchError: no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -120,6 +126,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _nf4_options(place: torch.device) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BenchError("dtype=nf4 needs the extra 'nf4': pip install 'tinyonn[nf4]', or choose bfloat16.")
     # bitsandbytes looks for optional CPU kernels at import and reports at warning level that they are missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig

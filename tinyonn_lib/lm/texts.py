@@ -148,7 +148,10 @@ def _hub_rows(source: str) -> Iterator[Row]:
             f"'{source}': a hub data set is given as owner/name, owner/name:split or owner/name:config:split."
         )
     hub.require_hub(hub_id, "dataset")
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        raise BenchError(f"Reading {hub_id} from the hub needs the extra 'hub': pip install 'tinyonn[hub]'.") from None
 
     config = rest[0] if len(rest) == 2 else None
     try:

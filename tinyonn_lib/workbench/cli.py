@@ -212,7 +212,7 @@ def _print_table(table: Sequence[tuple[Phase, str, float, Any]]) -> None:
     print(f"\n{'phase':<10} {'':<10} {'seconds':>8}  result")
     for phase, said, seconds, hit in table:
         headline = hit[1]["headline"]
-        print(f"{phase.name:<10} {said:<10} {seconds:>8.1f}  {headline['label']} {headline['value']}")
+        print(f"{phase.name:<10} {said:<10} {seconds:>8.1f}  {headline['value']} {headline['label']}")
     print(f"{'all':<10} {'':<10} {sum(row[2] for row in table):>8.1f}")
 
 
@@ -234,7 +234,7 @@ def _status(args: argparse.Namespace) -> int:
         lent = hit is not None and not manifests[phase.name]
         if lent and state != "done":  # the base run's result stands on other inputs: it is not this run's
             hit, state = None, "not run"
-        headline = f"{hit[1]['headline']['label']} {hit[1]['headline']['value']}" if hit else phase.title
+        headline = f"{hit[1]['headline']['value']} {hit[1]['headline']['label']}" if hit else phase.title
         tail = f" (from run {base})" if hit and lent else ""
         print(f"  {phase.number:02d} {phase.name:<10} {state:<10} {headline}{tail}")
         following = following or (phase.name if state != "done" else "")
