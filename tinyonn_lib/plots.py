@@ -310,7 +310,8 @@ def delta_nll(table: pd.DataFrame) -> go.Figure:
     figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
     for column, share in enumerate(shares, 1):
         _add_interval_bars(figure, table[table["active"] == share], row=1, col=column)
-    figure.update_layout(title="What is lost", showlegend=False, margin={"t": 90}, height=360)
+    title = "What is lost: ΔNLL in nats per token, 95 % intervals"
+    figure.update_layout(title=title, showlegend=False, margin={"t": 90}, height=360)
     figure.update_annotations(font_size=13)
     best = table.loc[table.groupby("active")["mean"].idxmin()]
     alt = "Loss over active share; least lost: " + ", ".join(
@@ -323,7 +324,8 @@ def intervals(table: pd.DataFrame) -> go.Figure:
     """ΔNLL of several methods at one active share, bars with 95 % intervals; `method, active, mean, low, high`."""
     figure = go.Figure()
     _add_interval_bars(figure, table)
-    figure.update_layout(title=f"{table['active'].iloc[0]:.0%} of the FFN parameters active", showlegend=False)
+    share = f"{table['active'].iloc[0]:.0%} of the FFN parameters active"
+    figure.update_layout(title=f"{share}: ΔNLL in nats per token, 95 % intervals", showlegend=False)
     alt = "ΔNLL, nats per token: " + ", ".join(f"{r.method} {r.mean:+.3f}" for r in table.itertuples()) + "."
     return describe(figure, alt, table, thumbnail=True)
 
@@ -344,7 +346,7 @@ def _add_interval_bars(figure: go.Figure, table: pd.DataFrame, **place: int) -> 
     text = [f" {mean:+.3f}" for mean in rows["mean"]]
     figure.add_scatter(x=ends, y=names, mode="text", text=text, textposition="middle right", hoverinfo="skip", **place)
     span = [min(0.0, float(rows["low"].fillna(0).min()) * 1.1), float(ends.max()) * 1.3 or 1.0]
-    figure.update_xaxes(title="ΔNLL, nats per token, 95 % interval", range=span, **place)
+    figure.update_xaxes(range=span, **place)
 
 
 def facts(values: Mapping[str, Any]) -> str:
