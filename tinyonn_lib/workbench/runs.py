@@ -22,7 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.workbench import progress
+from tinyonn_lib.workbench import page, progress
 from tinyonn_lib.workbench.params import changed
 from tinyonn_lib.workbench.phases import PHASES, Params, Phase, runs_root
 
@@ -49,9 +49,7 @@ def digest(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Atomically: a reader sees the old file or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    part.replace(path)
+    page.write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
 def folder_of(run: str, phase: str) -> Path:
@@ -59,11 +57,9 @@ def folder_of(run: str, phase: str) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return manifest if isinstance(manifest, dict) and "digest" in manifest else None
+    """The manifest of a finished phase; None when there is none, or not a whole one."""
+    manifest = page.read_manifest(folder)
+    return manifest if "digest" in manifest else None
 
 
 def find(phase: str, run: str, base: str = "") -> tuple[Path, dict[str, Any]] | None:
