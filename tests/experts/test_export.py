@@ -76,3 +76,12 @@ def test_partition_of_another_model(tiny: Tiny, tok: PreTrainedTokenizerFast, tm
 def test_experts_that_the_grouped_kernels_cannot_hold(tiny: Tiny) -> None:
     with pytest.raises(BenchError, match="experts of 4 neurons.*multiple of 8"):
         export.target_config(tiny.model.config, partition.partition("sp", tiny.scores, 8), 8)
+
+
+def test_packed_weights_are_refused(
+    tiny: Tiny, tok: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.model, "is_quantized", True, raising=False)
+    with pytest.raises(BenchError, match="Cannot export a 4-bit model: load it with dtype=bfloat16"):
+        export.export(tiny.model, tok, tiny.ffns, partition.partition("sp", tiny.scores, 4), tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()

@@ -83,6 +83,8 @@ def export(
     """
     from huggingface_hub import save_torch_state_dict
 
+    if getattr(model, "is_quantized", False):  # its attention weights are packed, which no plain checkpoint holds
+        raise BenchError("Cannot export a 4-bit model: load it with dtype=bfloat16 for this, the scan may stay in nf4.")
     config = target_config(model.config, partition, k or partition.count)
     config.save_pretrained(folder)
     names = {id(module): name for name, module in model.named_modules()}
