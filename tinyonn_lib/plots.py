@@ -16,6 +16,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from numpy.typing import NDArray
 
+from tinyonn_lib.scan.statistics import layer_ranks
+
 ACCENT, INK, QUIET = "#0b6e6e", "#22313f", "#8a97a3"
 PALETTE = ("#0b6e6e", "#d1682e", "#5b5ea6", "#3b8f4c", "#b23a6f", "#7a6a53", "#2f7fbf", "#c2a11f")
 DIVERGING = "RdBu_r"
@@ -183,11 +185,6 @@ def activation_gradient(neurons: pd.DataFrame) -> go.Figure:
     return describe(figure, alt, points[["layer", "neuron", "act", "grad"]], thumbnail=True)
 
 
-def layer_ranks(neurons: pd.DataFrame, one: str, other: str) -> pd.Series:
-    """Spearman correlation of two columns within each layer: pooled, differences between layers would hide it."""
-    return pd.Series({layer: rows[one].corr(rows[other], "spearman") for layer, rows in neurons.groupby("layer")})
-
-
 def stratified(table: pd.DataFrame, size: int, by: str = "layer", seed: int = 0) -> pd.DataFrame:
     """At most `size` rows, the same share of every group."""
     if len(table) <= size:
@@ -347,21 +344,6 @@ def _add_interval_bars(figure: go.Figure, table: pd.DataFrame, **place: int) -> 
     figure.add_scatter(x=ends, y=names, mode="text", text=text, textposition="middle right", hoverinfo="skip", **place)
     span = [min(0.0, float(rows["low"].fillna(0).min()) * 1.1), float(ends.max()) * 1.3 or 1.0]
     figure.update_xaxes(range=span, **place)
-
-
-def facts(values: Mapping[str, Any]) -> str:
-    """A Markdown table of names and values, numbers with separators, text escaped."""
-    shown = {k: f"{v:,}" if isinstance(v, (int, float, np.number)) else html.escape(str(v)) for k, v in values.items()}
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items())])
-
-
-def text_cards(samples: Mapping[str, str]) -> str:
-    """HTML quotations with a prompt in bold and the model's continuation; all text escaped."""
-    cards = []
-    for prompt, text in samples.items():
-        rest = html.escape(text.removeprefix(prompt)).replace("\n", "<br>").replace("  ", "&nbsp; ")
-        cards.append(f"<blockquote><b>{html.escape(prompt)}</b>{rest}</blockquote>")
-    return "\n".join(cards)
 
 
 def corpus_sizes(texts: pd.DataFrame) -> go.Figure:

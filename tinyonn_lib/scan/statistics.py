@@ -170,3 +170,10 @@ def neurons_table(totals: Totals) -> pd.DataFrame:
             values = totals.sums[row, STATISTICS.index(statistic), :width]
             columns[column].append(values / counts[counter] if counts[counter] else np.full(width, math.nan))
     return pd.DataFrame({name: np.concatenate(parts) if parts else [] for name, parts in columns.items()})
+
+
+def layer_ranks(neurons: pd.DataFrame, one: str, other: str) -> pd.Series:
+    """Spearman correlation of two columns within each layer; pooled, differences between layers would hide it."""
+    import pandas as pd
+
+    return pd.Series({layer: rows[one].corr(rows[other], "spearman") for layer, rows in neurons.groupby("layer")})

@@ -38,7 +38,7 @@ _LOOK = [
 
 
 class PhaseInfo(Protocol):
-    """What the index needs to know of a phase. A `summary` attribute, if there is one, is printed too."""
+    """What the index needs to know of a phase."""
 
     @property
     def name(self) -> str: ...
@@ -142,7 +142,6 @@ def _card(run: Path, phase: PhaseInfo, root: Path, status: str) -> dict[str, Any
         "name": phase.name,
         "number": phase.number,
         "title": phase.title,
-        "summary": getattr(phase, "summary", ""),
         "status": status,
         "link": link if (root / run.name / f"{phase.name}.html").exists() else "",
         "headline": headline if isinstance(headline, dict) else None,

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.workbench import page, progress
+from tinyonn_lib.workbench import page, progress, words
 from tinyonn_lib.workbench.params import changed
 from tinyonn_lib.workbench.phases import PHASES, Params, Phase, runs_root
 
@@ -223,10 +223,18 @@ class Run:
         return pd.read_parquet(self.input(phase, name))
 
     def say(self, markdown: str) -> None:
-        """Show computed text; what comes from data sets must be escaped."""
+        """Show computed text; what comes from data sets goes through `facts` or `quote`, which escape."""
         from IPython.display import Markdown, display
 
         display(Markdown(markdown))
+
+    def facts(self, values: Mapping[str, Any]) -> None:
+        """Show names and values as a table."""
+        self.say(words.facts_table(values))
+
+    def quote(self, samples: Mapping[str, str]) -> None:
+        """Show what a model wrote: prompt → text."""
+        self.say(words.quotations(samples))
 
     def _clear(self) -> None:
         if self.writing:

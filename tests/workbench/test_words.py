@@ -1,0 +1,19 @@
+"""Text of data sets stays text."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinyonn_lib.workbench import words
+
+
+def test_facts_have_separators_and_are_escaped() -> None:
+    table = words.facts_table({"neurons": 276480, "n": np.int64(1000), "model": "<script>x</script>"})
+    assert "| neurons | 276,480 |" in table
+    assert "| n | 1,000 |" in table
+    assert "<script>" not in table
+
+
+def test_quotations_are_escaped_and_keep_their_lines() -> None:
+    quoted = words.quotations({"<b>Say": "<b>Say <img src=x>\nmore"})
+    assert quoted == "<blockquote><b>&lt;b&gt;Say</b> &lt;img src=x&gt;<br>more</blockquote>"
