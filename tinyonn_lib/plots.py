@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from numpy.typing import NDArray
 
-from tinyonn_lib.scan.statistics import layer_ranks
+from tinyonn_lib.scan.tables import layer_ranks
 
 ACCENT, INK, QUIET = "#0b6e6e", "#22313f", "#8a97a3"
 PALETTE = ("#0b6e6e", "#d1682e", "#5b5ea6", "#3b8f4c", "#b23a6f", "#7a6a53", "#2f7fbf", "#c2a11f")
@@ -111,17 +111,87 @@ def _heat(
     return describe(figure, alt, table.reset_index())
 
 
-def layer_heat(neurons: pd.DataFrame) -> go.Figure:
-    """Median of every statistic per layer, each relative to its mean over layers."""
-    columns = ["act", "grad_gate", "grad_up", "grad_down", "grad", "saliency"]
-    medians = neurons.groupby("layer")[columns].median()
-    table = (medians / medians.mean()).rename_axis(columns="statistic")
-    grad = medians["grad"]
+def module_heat(tensors: pd.DataFrame) -> go.Figure:
+    """Norms of inputs and of weight gradients, layer by module, log10.
+
+    Args:
+        tensors: `scan.tables.tensors_table`; linears are shown.
+    """
+    from plotly.subplots import make_subplots
+
+    rows = tensors[(tensors["kind"] == "linear") & (tensors["layer"] >= 0)]
+    norms = {"act_norm": "norm of the input", "grad_norm": "norm of the weight gradient"}
+    figure = make_subplots(1, 2, subplot_titles=list(norms.values()), horizontal_spacing=0.16)
+    for column, norm in enumerate(norms, 1):
+        grid = rows.pivot_table(index="layer", columns="module", values=norm, sort=False)
+        figure.add_heatmap(
+            z=np.log10(grid.where(grid > 0)),
+            x=[html.escape(str(name)) for name in grid.columns],
+            y=[str(layer) for layer in grid.index],
+            colorscale=SEQUENTIAL,
+            colorbar={"title": {"text": "log10"}, "x": 0.44 if column == 1 else 1.0, "thickness": 12},
+            text=[[f"{value:.3g}" for value in line] for line in grid.to_numpy()],
+            texttemplate="%{text}" if grid.size <= 120 else None,
+            row=1,
+            col=column,
+        )
+    figure.update_yaxes(autorange="reversed", type="category", title="layer")
+    figure.update_xaxes(type="category")
+    figure.update_layout(title="Mean norm per text, layer by module", margin={"t": 80})
+    low, high = rows.loc[rows["grad_norm"].idxmin()], rows.loc[rows["grad_norm"].idxmax()]
     alt = (
-        f"Median statistic per layer relative to the mean of the layers; the gradient norm is largest in layer "
-        f"{grad.idxmax()} ({grad.max():.2g}) and smallest in layer {grad.idxmin()} ({grad.min():.2g})."
+        f"Mean norms per text of {len(rows)} weights, layer by module. The gradient norm is largest in "
+        f"{high['target']} ({high['grad_norm']:.2g}) and smallest in {low['target']} ({low['grad_norm']:.2g})."
     )
-    return _heat(table, title="Median neuron of each layer (1 = mean of layers)", unit="×", alt=alt, scale=SEQUENTIAL)
+    table = rows[["layer", "module", "act_norm", "grad_norm", "samples"]]
+    return describe(figure, html.escape(alt), table)
+
+
+def delta_sc(steps: pd.DataFrame, pieces: Sequence[str]) -> go.Figure:
+    """ΔSC of every piece of the first text as bars, and the running sum ∫ΔSC of every text as a line.
+
+    Args:
+        steps: `scan.mscan.running`, one sequence per text.
+        pieces: the text of each step, for hovering.
+    """
+    shown = [html.escape(piece.replace("\n", " "))[:160] for piece in pieces]
+    table = steps.assign(text=shown, piece=steps.groupby("sequence").cumcount())
+    first = table[table["sequence"] == table["sequence"].iloc[0]]
+    figure = go.Figure()
+    figure.add_bar(
+        x=first["piece"],
+        y=first["delta_sc"],
+        marker_color=[PALETTE[0] if value >= 0 else PALETTE[1] for value in first["delta_sc"].fillna(0.0)],
+        name="ΔSC of one text",
+        hovertext=first["text"],
+        hovertemplate="%{y:.2f}<br>%{hovertext}<extra></extra>",
+    )
+    for sequence, rows in table.groupby("sequence"):
+        own = sequence == first["sequence"].iloc[0]
+        figure.add_scatter(
+            x=rows["piece"],
+            y=rows["integral"],
+            mode="lines",
+            name="∫ΔSC of this text" if own else "∫ΔSC of others",
+            showlegend=bool(own or sequence == table["sequence"].iloc[-1]),
+            line={"color": INK if own else QUIET, "width": 2 if own else 1},
+            yaxis="y2",
+            hoverinfo="y",
+        )
+    figure.update_layout(
+        title="ΔSC along one text, ∫ΔSC along several",
+        yaxis_title="ΔSC",
+        yaxis2={"overlaying": "y", "side": "right", "title": "∫ΔSC", "showgrid": False, "zeroline": False},
+    )
+    figure.update_xaxes(title="piece of the text")
+    low, high = first["delta_sc"].idxmin(), first["delta_sc"].idxmax()
+    ends = ", ".join(f"{value:.1f}" for value in table.groupby("sequence")["integral"].last())
+    alt = (
+        f"ΔSC of {len(first)} consecutive pieces of one text, from {first['delta_sc'][low]:.2f} (piece "
+        f"{first['piece'][low]}) to {first['delta_sc'][high]:.2f} (piece {first['piece'][high]}); at the end of the "
+        f"texts ∫ΔSC is {ends}."
+    )
+    return describe(figure, alt, table[["sequence", "piece", "delta_sc", "integral", "text"]])
 
 
 def distributions(neurons: pd.DataFrame) -> go.Figure:

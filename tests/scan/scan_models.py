@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tinyonn_lib.scan.statistics import STATISTICS
+from tinyonn_lib.scan.statistics import STATISTICS, Totals
 
 VOCABULARY = 97
-
-
-@dataclass(frozen=True)
-class FFN:
-    layer: int
-    name: str
-    module: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-
-
-def ffns(model: nn.Module) -> list[FFN]:
-    return [
-        FFN(i, f"model.layers.{i}.mlp", block.mlp, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
-        for i, block in enumerate(model.model.layers)
-    ]
 
 
 def tiny(width: int = 64, neurons: int = 128, layers: int = 2, seed: int = 0, **config: object) -> Qwen3ForCausalLM:
@@ -90,6 +73,36 @@ def reference(model: nn.Module, texts: list[list[int]], rho: float) -> dict[str,
     return sums
 
 
+def neurons(totals: Totals, statistic: str) -> np.ndarray:
+    """One statistic of the neurons of all layers, (layers, neurons)."""
+    names = [target.name for target in totals.layout.targets if target.kind == "neurons"]
+    return np.stack([totals.of(name, statistic, "neurons") for name in names])
+
+
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference relative to the largest expected value of its layer."""
     return float((np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max())
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear inside the decoder layers, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
+
+
+def quantised(width: int = 64, **config: object) -> tuple[nn.Module, nn.Module]:
+    """An NF4 model and the same model with dequantised weights."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model, plain = tiny(width, **config), tiny(width, **config)
+    full = linears(plain)
+    for name, old in linears(model).items():
+        new = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        new.load_state_dict({"weight": old.weight.data})
+        new = new.to("cpu")
+        new.support_avx512bf16_for_cpu = False
+        new.weight = new.weight._quantize("cpu") if new.weight.quant_state is None else new.weight
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+        full[name].weight.data.copy_(bnb.functional.dequantize_4bit(new.weight.data, new.weight.quant_state))
+    return model.requires_grad_(False), plain

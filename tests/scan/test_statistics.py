@@ -1,57 +1,69 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from scan_totals import LAYOUT, bits, totals
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.scan.statistics import COLUMNS, STATISTICS, Layout, Totals, merge, neurons_table
+from tinyonn_lib.scan.statistics import KINDS, Layout, Target, Totals, merge
 
-LAYOUT = Layout(layers=(0, 3), widths=(4, 2), rho=0.5)
-
-
-def filled(value: float) -> Totals:
-    totals = Totals.zeros(LAYOUT)
-    totals.sums[:] = value
-    totals.counts[:] = [10, 2, 5, 1]
-    return totals
+MLP = Target("model.layers.3.mlp", "neurons", 4, 3)
 
 
-def test_merge_adds_and_refuses_other_layouts() -> None:
-    both = merge([filled(1.0), filled(2.0)])
-    assert (both.sums == 3.0).all()
-    assert both.counts[0].tolist() == [20, 4, 10, 2]
+def test_merge_adds_in_order_and_refuses_other_layouts() -> None:
+    one, two = totals(1), totals(2)
+    both = merge([one, two])
+    for found, first, second in zip(both.sums, one.sums, two.sums, strict=True):
+        assert (found == first + second).all()
+    assert (both.counts == one.counts + two.counts).all()
+    assert (both.norms == one.norms + two.norms).all()
+    assert bits(merge([one])) == bits(one)
     with pytest.raises(BenchError, match="different layouts"):
-        merge([filled(1.0), Totals.zeros(Layout((0, 3), (4, 2), 0.1))])
+        merge([one, Totals.zeros(Layout(LAYOUT.targets, 0.1))])
     with pytest.raises(BenchError, match="nothing to merge"):
         merge([])
 
 
-def test_table_divides_by_the_right_counter() -> None:
-    table = neurons_table(filled(20.0))
-    assert tuple(table.columns) == COLUMNS
-    assert list(zip(table["layer"], table["neuron"], strict=True)) == [(0, 0), (0, 1), (0, 2), (0, 3), (3, 0), (3, 1)]
-    assert (table[["act", "act_mean", "act_sq", "freq"]] == 2.0).all(axis=None)
-    assert (table[["grad_gate", "grad_up", "grad_down", "grad"]] == 20.0).all(axis=None)
-    assert (table["saliency"] == 4.0).all()
-    assert (table["tokens"] == 10).all()
-    assert (table["samples"] == 2).all()
+def test_a_statistic_by_name() -> None:
+    filled = totals(1)
+    assert (filled.of("model.layers.0.mlp", "saliency") == filled.sums[0][KINDS["neurons"].index("saliency")]).all()
+    assert (filled.of("model.embed_tokens", "grad", "embedding") == filled.sums[2][1]).all()
+    for name, statistic in (("model.layers.9.mlp", "h"), ("model.layers.0.mlp", "weight")):
+        with pytest.raises(BenchError, match="no target"):
+            filled.of(name, statistic)
 
 
-def test_nothing_counted_is_nan_never_zero() -> None:
-    totals = filled(0.0)
-    totals.counts[:, 2:] = 0
-    table = neurons_table(totals)
-    assert table["grad"].isna().all()
-    assert table["saliency"].isna().all()
-    assert (table["act"] == 0).all()
+def test_a_layout_comes_back_from_json_and_no_other_version_does() -> None:
+    described = json.loads(json.dumps(LAYOUT.describe()))
+    assert Layout.parse(described) == LAYOUT
+    assert LAYOUT.units == 15
+    reordered = {**described["statistics"], "linear": ["top", "abs_y", "grad"]}
+    for other in ({"version": 1}, {"statistics": reordered}, {"statistics": None}):
+        with pytest.raises(BenchError, match="another version of the bench"):
+            Layout.parse(described | other)
 
 
 def test_layout_checks() -> None:
-    assert LAYOUT.shape == (2, len(STATISTICS), 4)
-    assert LAYOUT.top(100) == 50
-    assert Layout((0,), (8,), 0.01).top(8) == 1
+    assert MLP.shape == (len(KINDS["neurons"]), 4)
+    assert Layout((MLP,), 0.5).top(100) == 50
+    assert Layout((MLP,), 0.01).top(8) == 1
     for rho in (0.0, 1.5, float("nan")):
         with pytest.raises(BenchError, match="rho"):
-            Layout((0,), (8,), rho)
-    with pytest.raises(BenchError, match="shape"):
-        Totals(LAYOUT, np.zeros((1, 2, 3)), np.zeros((2, 4)))
+            Layout((MLP,), rho)
+    with pytest.raises(BenchError, match="each target once"):
+        Layout((MLP, MLP), 0.5)
+    with pytest.raises(BenchError, match="unknown kind of target: conv"):
+        Layout((Target("x", "conv", 1, 0),), 0.5)
+
+
+def test_totals_of_wrong_shape_are_refused() -> None:
+    layout = Layout((MLP,), 0.5)
+    good = Totals.zeros(layout)
+    with pytest.raises(BenchError, match="do not fit the layout"):
+        Totals(layout, (np.zeros((9, 5)),), good.counts, good.norms)
+    with pytest.raises(BenchError, match="do not fit the layout"):
+        Totals(layout, good.sums, np.zeros((1, 3)), good.norms)
+    with pytest.raises(BenchError, match="norms of shape"):
+        Totals(layout, good.sums, good.counts, np.zeros((2, 2)))

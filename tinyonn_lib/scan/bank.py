@@ -1,78 +1,160 @@
 """Where sums live while scanning: one bank per device, float64, no synchronisation in the step.
 
-A sample is first collected in a scratch buffer and added to the totals in one go when it is closed. So an
+A sample is first collected in scratch buffers and added to the totals in one go when it is closed. So an
 exception in the middle of a sample, or a sample that is discarded, leaves no trace in the totals.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinyonn_lib.scan.statistics import COUNTERS, STATISTICS
+from tinyonn_lib.scan.statistics import COUNTERS, KINDS
 
-# Rows of the scratch buffer: four forward sums, saliency, and the *squared* norms of gate, up, down.
-FORWARD_ROWS = 4
-SALIENCY = 4
-SQUARES = {"gate": 5, "up": 6, "down": 7}
-SCRATCH = 8
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a kind's scratch buffer: sums known after the forward, then sums that scale with the loss, then *squared*
+    norms. The totals hold the same with the roots of the squares, and at the end, where `joint`, the root of their sum.
+    """
+
+    forward: int
+    backward: int
+    squares: int
+    joint: bool
+
+    @property
+    def scratch(self) -> int:
+        """How many rows there are."""
+        return self.forward + self.backward + self.squares
+
+
+ROWS = {
+    "neurons": Rows(forward=4, backward=1, squares=3, joint=True),
+    "linear": Rows(forward=2, backward=0, squares=1, joint=False),
+    "embedding": Rows(forward=1, backward=0, squares=1, joint=False),
+    "experts": Rows(forward=2, backward=0, squares=2, joint=True),
+}
 # A threshold of zero would count neurons that are exactly zero as "top".
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class Bank:
-    """Totals and scratch of the layers of one device.
+class KindBank:
+    """Scratch and totals of all targets of one kind on one device, side by side.
 
     Attributes:
-        sample: (layers, 8, width), the sample in progress.
-        total: float64 (layers, 9, width), everything closed so far.
+        sample: (scratch rows, units), the sample in progress.
+        total: float64 (statistics, units), everything closed so far.
     """
 
-    def __init__(self, device: torch.device, layers: int, width: int) -> None:
+    def __init__(self, kind: str, units: int, device: torch.device) -> None:
         # Apple's MPS has no float64: one sample in float32 there, totals on the host.
         mps = device.type == "mps"
+        self.rows = ROWS[kind]
+        dtype = torch.float32 if mps else torch.float64
+        self.sample = torch.zeros(self.rows.scratch, units, device=device, dtype=dtype)
         home = torch.device("cpu") if mps else device
-        self.sample = torch.zeros(layers, SCRATCH, width, device=device, dtype=torch.float32 if mps else torch.float64)
-        self.total = torch.zeros(layers, len(STATISTICS), width, device=home, dtype=torch.float64)
-        # How many samples were finite, per layer and scratch row, before the first that was not.
-        self.finite = torch.zeros(layers, SCRATCH, device=home, dtype=torch.int64)
-        self._still = torch.ones(layers, SCRATCH, device=home, dtype=torch.bool)
+        self.total = torch.zeros(len(KINDS[kind]), units, device=home, dtype=torch.float64)
+
+    def close(self, gradients: bool, scale: float | Tensor) -> None:
+        """Add the sample in progress to the totals."""
+        rows, total = self.rows, self.total
+        sample = self.sample.to(total) if self.sample.device != total.device else self.sample
+        total[: rows.forward] += sample[: rows.forward]
+        if gradients:
+            norms = sample[rows.forward :]
+            squares = norms[rows.backward :]
+            joint = squares.sum(0, keepdim=True).sqrt_() if rows.joint else None
+            squares.sqrt_()
+            parts = norms if joint is None else torch.cat([norms, joint])
+            total[rows.forward :] += parts if _is_one(scale) else parts / _on(scale, parts)
+        self.sample.zero_()
+
+
+class Bank:
+    """Everything that is counted on one device.
+
+    Attributes:
+        kinds: by kind of target, those that keep rows.
+        act: (targets,) squared norm of the input, the sample in progress.
+        weight: (weights + 1,) squared norm of each weight's gradient, the sample in progress; the last stays zero.
+        norms: float64 (targets, 2), sums over closed samples.
+        last: float64 (targets, 2), norms of the sample closed last.
+        finite: (targets, 2), how many samples were finite before the first that was not.
+    """
+
+    def __init__(self, device: torch.device, units: Mapping[str, int], weights: list[list[int]], count: int) -> None:
+        """
+        Args:
+            device: where the weights are.
+            units: rows by kind.
+            weights: per target the numbers (on this device) of its weights.
+            count: how many weights there are.
+        """
+        self.device = device
+        home = torch.device("cpu") if device.type == "mps" else device
+        self.kinds = {kind: KindBank(kind, number, device) for kind, number in units.items() if number}
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        targets, most = len(weights), max(len(each) for each in weights)
+        self.act = torch.zeros(targets, device=device, dtype=dtype)
+        self.weight = torch.zeros(count + 1, device=device, dtype=dtype)
+        padded = [each + [count] * (most - len(each)) for each in weights]
+        self._weights = torch.tensor(padded, device=device)
+        self.norms = torch.zeros(targets, 2, device=home, dtype=torch.float64)
+        self.last = torch.zeros_like(self.norms)
+        self.finite = torch.zeros(targets, 2, device=home, dtype=torch.int64)
+        self._still = torch.ones(targets, 2, device=home, dtype=torch.bool)
+
+    def recount(self) -> None:
+        """Count finite samples from here."""
+        self.finite.zero_()
+        self._still.fill_(True)
 
     def discard(self) -> None:
         """Forget the sample in progress."""
-        self.sample.zero_()
+        for bank in self.kinds.values():
+            bank.sample.zero_()
+        self.act.zero_()
+        self.weight.zero_()
 
-    def close(self, backward: bool, scale: float | Tensor) -> None:
+    def trust(self) -> None:
+        """Other totals were loaded: whatever was not finite before has gone with the old ones."""
+        self.finite.zero_()
+        self._still.fill_(True)
+
+    def close(self, gradients: bool, scale: float | Tensor) -> None:
         """Add the sample in progress to the totals.
 
         Args:
-            backward: whether the sample has gradients.
+            gradients: whether the sample has gradients.
             scale: factor on the loss (AMP, accumulation) that is taken out of gradients and saliency.
         """
-        sample = self.sample.to(self.total) if self.sample.device != self.total.device else self.sample
-        self._still &= torch.isfinite(sample.sum(dim=2))
+        for bank in self.kinds.values():
+            bank.close(gradients, scale)
+        grad = self.weight[self._weights].sum(1).sqrt_()
+        grad = grad if _is_one(scale) else grad / _on(scale, grad)
+        found = torch.stack([self.act.sqrt(), grad], dim=1).to(self.norms)
+        self._still &= torch.isfinite(found)
         self.finite += self._still
-        total = self.total
-        total[:, :FORWARD_ROWS] += sample[:, :FORWARD_ROWS]
-        if backward:
-            squares = sample[:, 5:8]
-            rest = torch.cat([sample[:, 4:5], squares.sqrt(), squares.sum(1, keepdim=True).sqrt_()], dim=1)
-            if not isinstance(scale, float) or scale != 1.0:
-                rest /= scale.to(rest) if isinstance(scale, Tensor) else scale
-            total[:, FORWARD_ROWS:] += rest
-        self.sample.zero_()
+        self.norms += found
+        self.last = found
+        self.act.zero_()
+        self.weight.zero_()
 
 
 class Counts:
-    """Tokens and samples per layer: whole numbers on the host, and device tensors where a mask decides."""
+    """Tokens and samples per target: whole numbers on the host, and device tensors where a mask decides."""
 
-    def __init__(self, layers: int) -> None:
-        self.host = np.zeros((layers, len(COUNTERS)))
+    def __init__(self, targets: int) -> None:
+        self.host = np.zeros((targets, len(COUNTERS)))
         self._masked: dict[tuple[int, int], Tensor] = {}
 
     def add(self, row: int, column: int, parts: list[int | Tensor]) -> None:
-        """Add to counter `column` (order of `COUNTERS`) of layer `row`, without waiting for the device."""
+        """Add to counter `column` (order of `COUNTERS`) of target `row`, without waiting for the device."""
         for part in parts:
             if isinstance(part, Tensor):
                 before = self._masked.get((row, column))
@@ -80,32 +162,45 @@ class Counts:
             else:
                 self.host[row, column] += part
 
+    def load(self, counts: np.ndarray) -> None:
+        """Go on from counts of an earlier run, (targets, counters)."""
+        self.host[:] = counts
+        self._masked.clear()
+
     def array(self) -> np.ndarray:
-        """float64 (layers, counters); waits for the device."""
+        """float64 (targets, counters); waits for the device."""
         counts = self.host.copy()
         for place, value in self._masked.items():
             counts[place] += float(value)
         return counts
 
 
-def forward_sums(h: Tensor, top: int, mask: Tensor | None, into: Tensor) -> None:
-    """Add the four forward sums of one call to `into`.
+def forward_sums(h: Tensor, top: int, mask: Tensor | None, into: Tensor, *, moments: bool = True) -> Tensor | None:
+    """Add the forward sums of one call to `into`.
 
     Args:
-        h: input of down, (tokens, neurons), any float type.
-        top: how many neurons per token are the top; all that tie with the last of them count, zeros never.
+        h: activations, (tokens, units), any float type.
+        top: how many units per token are the top; all that tie with the last of them count, zeros never.
         mask: bool (tokens,), False for padding and ignored tokens; None when all count.
-        into: (>= 4, neurons) rows abs_h, h, h_sq, top.
+        into: rows |h|, h, h^2, top with `moments`, else |h|, top; (rows, units).
+
+    Returns:
+        The sum of all h^2 (0-dim) with `moments`, else None.
     """
     h = h if h.dtype in (torch.float32, torch.float64) else h.float()
     if mask is not None:
         h = h.masked_fill(~mask[:, None], 0.0)
     size = h.abs()
     into[0] += size.sum(0)
-    into[1] += h.sum(0)
-    into[2] += (h * h).sum(0)
+    square: Tensor | None = None
+    if moments:
+        into[1] += h.sum(0)
+        squares = (h * h).sum(0)
+        into[2] += squares
+        square = squares.sum()
     # In place and as floats: a bool sum is five times slower, and whole numbers up to 2^24 are exact.
-    into[3] += size.ge_(_kth_largest(size, top)).sum(0)
+    into[3 if moments else 1] += size.ge_(_kth_largest(size, top)).sum(0)
+    return square
 
 
 def saliency_sums(h: Tensor, dh: Tensor, mask: Tensor | None, into: Tensor) -> None:
@@ -127,3 +222,11 @@ def _kth_largest(size: Tensor, k: int) -> Tensor:
     else:
         values = size.kthvalue(place + 1, dim=1, keepdim=True).values
     return values.clamp(min=_TINY)
+
+
+def _is_one(scale: float | Tensor) -> bool:
+    return isinstance(scale, float) and scale == 1.0
+
+
+def _on(scale: float | Tensor, like: Tensor) -> float | Tensor:
+    return scale.to(like) if isinstance(scale, Tensor) else scale

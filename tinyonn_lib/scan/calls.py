@@ -1,53 +1,117 @@
-"""One forward of one FFN, from its inputs to the squared norms of its weight gradients."""
+"""What a forward leaves behind until its gradients have arrived, and the inputs that several linears share."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from tinyonn_lib.scan.rownorms import choose, gram, row_squares_gram, row_squares_tiles
+from tinyonn_lib.scan.rownorms import gram
 
-WEIGHTS = ("gate", "up", "down")
+
+class Input:
+    """An input X of linears, with what is computed from it once for all that read it (gate and up; q, k and v).
+
+    Attributes:
+        x: (tokens, d_in), detached, in the type in which the product was taken.
+        readers: how many linears read it.
+    """
+
+    __slots__ = ("__weakref__", "_gram", "_joined", "_key", "_source", "_square", "readers", "x")
+
+    def __init__(self, source: Tensor, dtype: torch.dtype) -> None:
+        # Detached: a hook that held a tensor with its graph would keep the graph alive through a cycle.
+        self._source = source.detach()
+        self._key = _identity(source, dtype)
+        x = flat(source)
+        # Autocast rounds the input to the output's type, and the gradient follows that.
+        self.x = x if x.dtype == dtype else x.to(dtype)
+        self.readers = 0
+        self._gram: Tensor | None = None
+        self._square: Tensor | None = None
+        self._joined: tuple[list[weakref.ref[Input]], Input] | None = None
+
+    def same(self, source: Tensor, dtype: torch.dtype) -> bool:
+        """Whether this is that tensor. We hold its memory, so equal addresses mean equal data."""
+        return self._key == _identity(source, dtype)
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether the Gram matrix is there already."""
+        return self._gram is not None
+
+    def gram(self) -> Tensor:
+        """X X^T, computed once."""
+        if self._gram is None:
+            self._gram = gram(self.x)
+        return self._gram
+
+    def square(self, mask: Tensor | None) -> Tensor:
+        """Squared Frobenius norm of the tokens that count, 0-dim, computed once."""
+        if self._square is None:
+            x = flat(self._source)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            if mask is None:
+                self._square = torch.linalg.vector_norm(x, dtype=wide).square_()
+            else:
+                norms = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+                self._square = norms.masked_fill_(~mask, 0.0).square_().sum()
+        return self._square
+
+
+def joined(inputs: Sequence[Input]) -> Input:
+    """Inputs of several calls as one, tokens after tokens: the norm of a sum of gradients needs all of them together.
+
+    Linears that shared their inputs share the result, too.
+    """
+    first = inputs[0]
+    if len(inputs) == 1:
+        return first
+    if first._joined is not None:
+        known, result = first._joined
+        if len(known) == len(inputs) and all(ref() is each for ref, each in zip(known, inputs, strict=True)):
+            return result
+    x = torch.cat([each.x for each in inputs])
+    result = Input(x, x.dtype)
+    result.readers = first.readers
+    first._joined = ([weakref.ref(each) for each in inputs], result)
+    return result
 
 
 class Call:
-    """What one forward of one FFN leaves behind until its gradients have arrived.
-
-    Everything kept here is detached: a hook that held a tensor with its graph would keep the graph alive
-    through a cycle the garbage collector cannot see.
+    """One forward of one module.
 
     Attributes:
-        x: inputs by weight name, (tokens, d_in) each; gate and up share one tensor where they read the same one.
-        g: gradients of the outputs by weight name, (tokens, d_out).
-        h: input of down as the model has it, (tokens, neurons).
+        member: which module of the weight ran.
+        input: X of a linear.
+        ids: (tokens,) token ids of an embedding.
+        g: gradient of the output, (tokens, d_out).
+        h: the neurons as the model has them, (tokens, neurons), where they are a target.
         mask: bool (tokens,) or None.
-        tokens: how many tokens count (an int, or a 0-dim tensor when a mask decides).
         waiting: gradients still to come.
-        sources: identity of the input by name of gate and up (valid within the forward).
     """
 
-    __slots__ = ("__weakref__", "g", "h", "handles", "mask", "sources", "tokens", "waiting", "x")
+    __slots__ = ("__weakref__", "extra", "g", "h", "handles", "ids", "input", "mask", "member", "waiting")
 
-    def __init__(self) -> None:
-        self.x: dict[str, Tensor] = {}
-        self.g: dict[str, Tensor] = {}
+    def __init__(self, member: str) -> None:
+        self.member = member
+        self.input: Input | None = None
+        self.ids: Tensor | None = None
+        self.g: Tensor | None = None
         self.h: Tensor | None = None
         self.mask: Tensor | None = None
-        self.tokens: int | Tensor = 0
+        self.extra: tuple[Tensor, ...] = ()
         self.waiting = 0
-        self.sources: dict[str, int] = {}
         self.handles: list[RemovableHandle] = []
 
     def clear(self) -> None:
         """Let go of the tensors: everything has been counted."""
-        self.x.clear()
-        self.g.clear()
-        self.h = None
+        self.input = self.ids = self.g = self.h = None
+        self.extra = ()
 
     def release(self) -> None:
         """The observer leaves: no hook of ours stays on a tensor, even if the graph lives on."""
@@ -64,55 +128,12 @@ def flat(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def operand(x: Tensor, output: Tensor) -> Tensor:
-    """X as the matmul saw it: autocast rounds the input to the output's type, and the gradient follows that."""
-    x = flat(x)
-    return x if x.dtype == output.dtype else x.to(output.dtype)
-
-
-def squares_from_inputs(calls: Sequence[Call], method: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Squared norms of gate rows, up rows and down columns of the gradient *summed* over `calls`.
-
-    Several calls are one sample under gradient accumulation: the norm of a sum needs all X and G together.
-
-    Returns:
-        ({"gate", "up", "down"} -> (neurons,) squares in fp32, or fp64 for fp64 models; the same keys -> method used).
-    """
-    one = len(calls) == 1
-
-    def joined(kind: str, name: str) -> Tensor:
-        parts = [getattr(call, kind)[name] for call in calls]
-        return parts[0] if one else torch.cat(parts)
-
-    x_gate = joined("x", "gate")
-    shared = all(call.x["gate"] is call.x["up"] for call in calls)
-    device = x_gate.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        used: dict[str, str] = {}
-        squares: dict[str, Tensor] = {}
-        k: Tensor | None = None
-        for name in ("gate", "up"):
-            x, g = x_gate if shared else joined("x", name), joined("g", name)
-            used[name] = _pick(method, x, g, 2 if shared else 1)
-            if used[name] == "gram":
-                k = k if shared and k is not None else gram(x)
-                squares[name] = row_squares_gram(k, x, g)
-            else:
-                squares[name] = row_squares_tiles(x, g)
-        # A neuron is a column of down: input and output gradient change places.
-        a, g = joined("x", "down"), joined("g", "down")
-        used["down"] = _pick(method, g, a, 1)
-        squares["down"] = row_squares_gram(gram(g), g, a) if used["down"] == "gram" else row_squares_tiles(g, a)
-    return squares, used
-
-
-def _pick(method: str, x: Tensor, g: Tensor, sharing: int) -> str:
-    if method in ("gram", "tiles"):
-        return method
-    return choose(x.shape[0], x.shape[1], g.shape[1], sharing)
-
-
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The input of a linear layer, passed by position or by name; None when there is none to see."""
+    """The input of a layer, passed by position or by name; None when there is none to see."""
     value = args[0] if args else next(iter(kwargs.values()), None)
     return value if isinstance(value, Tensor) else None
+
+
+def _identity(t: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    version = 0 if t.is_inference() else t._version
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, version, dtype

@@ -1,16 +1,15 @@
-"""Watch every FFN neuron of a model during any forward or training step, without changing a bit of it.
+"""Watch the weights of a model during any forward or training step, without changing a bit of it.
 
-Neuron i of an FFN layer is row i of gate and up and column i of down. The observer sees, per layer, the
-input X of gate and up, the input h of down and, through tensor hooks, the gradients of their outputs; the
-rest is arithmetic in `rownorms` and `bank`. It never replaces a forward, never touches a `.grad`, and never
-waits for the device inside a step (DESIGN §4, ERRATA 004).
+Every linear leaves its input X and, through a tensor hook, the gradient G of its output; the weight's gradient is
+G^T X, and the rest is arithmetic in `rownorms` and `bank`. The observer never replaces a forward, never touches a
+`.grad`, and never waits for the device inside a step (DESIGN §4, ERRATA 004).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,18 +19,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.scan.audit import checkpointing, input_embedding, missing, refuse_blind_spots, width
-from tinyonn_lib.scan.bank import FORWARD_ROWS, Bank, Counts
-from tinyonn_lib.scan.layer import FFNLike, Layer, Watch
-from tinyonn_lib.scan.statistics import Layout, Totals
+from tinyonn_lib.scan import targets as targets_of
+from tinyonn_lib.scan.audit import checkpointing, input_embedding, missing, refuse_blind_spots
+from tinyonn_lib.scan.bank import Counts
+from tinyonn_lib.scan.budget import Budget
+from tinyonn_lib.scan.plan import Plan
+from tinyonn_lib.scan.statistics import Totals
+from tinyonn_lib.scan.watch import Watch
 
-METHODS = ("auto", "grad", "gram", "tiles")
+CHOICES = ("auto", "grad", "gram", "tiles")
+Record = Callable[[int, int | Tensor, Tensor, np.ndarray], None]
 
 
 class Observer:
-    """Per-neuron sums over everything that runs inside the `with` block.
+    """Sums over everything that runs inside the `with` block, per neuron, row, expert and tensor.
 
-    >>> with Observer(model, ffns(model), rho=0.05) as obs:  # doctest: +SKIP
+    >>> with Observer(model, "neurons,linears", rho=0.05) as obs:  # doctest: +SKIP
     ...     for batch in batches:
     ...         model(**batch).loss.backward()
     ...         obs.end_sample()
@@ -40,62 +43,74 @@ class Observer:
     A *sample* is what happens between two `end_sample()` calls: with batch size 1, one text. The gradient of a
     sample is the gradient of its loss, so with a batch of several texts the batch is the sample. If
     `end_sample()` is never called, a sample closes itself when the next forward of the model begins, and at
-    the end of the block.
+    the end of the block. Where gradients are expected, forwards under `no_grad` (evaluation) pass unseen.
 
     Args:
         model: the module whose forward carries `attention_mask` and `labels` (for the token count).
-        ffns: the FFN layers to watch (`tinyonn_lib.lm.models.ffns(model)`).
-        rho: share of a layer's neurons that count as its top on a token.
+        targets: what to watch: "neurons", "linears", "embeddings", "experts", or patterns over module names such as
+            `*.self_attn.?_proj`; several with commas or as a list.
+        rho: share of a target's rows that count as its top on a token.
+        rows: whether linears and embeddings keep statistics per row, or only the norms of the whole tensor.
         gradients: False for inference and `generate()`: then no gradient is expected.
         method: `"auto"` reads `.grad` of trainable weights that had none before the sample, else takes the
-            cheaper of Gram and tiles per layer and length; `"grad"`, `"gram"`, `"tiles"` force one
+            cheaper of Gram and tiles per weight and length; `"grad"`, `"gram"`, `"tiles"` force one
             (`"grad"` falls back to the inputs where there is no fresh `.grad`).
         calls: forward/backward pairs per sample (gradient accumulation): the norm is that of their summed
             gradient.
+        budget: slowdown allowed, such as 0.05: steps are then sampled so that the time spent observing stays under this
+            share of the steps' own time; 0 observes every step.
+        record: called at the end of every observed sample with the step's number, its tokens, the norms (targets, 2) of
+            inputs and gradients on the device (NaN without gradients), and per target a number into `METHODS`.
 
     Attributes:
+        layout: what is watched.
         enabled: set False to let forwards pass unseen (an evaluation inside a training loop).
         loss_scale: factor on the loss, float or 0-dim tensor (AMP), divided out when a sample closes.
+        record: as above; may be set between samples.
         samples: samples closed so far, including those of `load`.
+        steps: steps begun so far, observed or not, including those of `load`.
         methods: how often each method was used, per weight and sample.
 
     Raises:
         BenchError: a target that never fired or fired twice in a sample; a compiled, offloaded or
-            repacked module; NaN or infinity (raised by `totals` and `check`, naming layer and sample).
+            repacked module; NaN or infinity (raised by `totals` and `check`, naming target and sample).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        ffns: Sequence[FFNLike],
-        rho: float = 0.05,
+        targets: str | Sequence[str] = "neurons",
         *,
+        rho: float = 0.05,
+        rows: bool = True,
         gradients: bool = True,
         method: str = "auto",
         calls: int = 1,
+        budget: float = 0.0,
+        record: Record | None = None,
     ) -> None:
-        if not ffns:
-            raise BenchError("nothing to observe: the list of FFN layers is empty; is this a gated-FFN model?")
-        if method not in METHODS:
-            raise BenchError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+        if method not in CHOICES:
+            raise BenchError(f"method={method!r}: choose one of {', '.join(CHOICES)}")
         if calls < 1:
             raise BenchError(f"calls={calls}: a sample has at least one forward and backward")
+        if not 0.0 <= budget < 1.0:
+            raise BenchError(f"budget={budget} is a share of the step's time: choose it in [0, 1), e.g. 0.05")
+        found = targets_of.find(model, targets, rows=rows)
+        if not found:
+            raise BenchError("nothing to observe: name at least one target, such as neurons")
         self.model = model
-        self.ffns = tuple(ffns)
-        self.layout = Layout(
-            layers=tuple(ffn.layer for ffn in ffns), widths=tuple(width(ffn) for ffn in ffns), rho=float(rho)
-        )
+        self.layout = targets_of.layout_of(found, rho)
         self.loss_scale: float | Tensor = 1.0
-        self.samples = 0
+        self.record = record
+        self.samples = self.steps = 0
         self._first = 0
+        self._forwards = 0  # of the step in progress
+        self._budget = Budget(budget) if budget else None
         self._watch = Watch(gradients=gradients, method=method, calls=calls)
-        self._banks: dict[torch.device, Bank] = {}
-        self._places: list[tuple[Bank, int]] = []
-        self._layers: list[Layer] = []
-        self._counts = Counts(len(self.ffns))
+        self._plan = Plan(found, self.layout, self._watch)
+        self._counts = Counts(len(found))
         self._handles: list[RemovableHandle] = []
         self._signature = inspect.signature(model.forward)
-        self._allocate()
 
     @property
     def enabled(self) -> bool:
@@ -106,21 +121,31 @@ class Observer:
         self._watch.enabled = value
 
     @property
+    def attached(self) -> bool:
+        """Whether its hooks are on the model."""
+        return bool(self._handles)
+
+    @property
     def methods(self) -> Counter[str]:
         return self._watch.used
+
+    @property
+    def share(self) -> float:
+        """Share of the steps that were observed, in [0, 1]; 1 before the first."""
+        return self.samples / self.steps if self.steps else 1.0
 
     def __enter__(self) -> Observer:
         if self._handles:
             raise BenchError("this observer is already watching: use one `with` block at a time")
-        for ffn in self.ffns:
-            refuse_blind_spots(self.model, ffn)
+        for name, module in self._plan.modules():
+            refuse_blind_spots(self.model, name, module)
         try:
             self._handles.append(self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
             embedding = input_embedding(self.model)
             if embedding is not None and self._watch.gradients and checkpointing(self.model):
-                self._handles.append(embedding.register_forward_hook(_keep_graph))
-            for layer in self._layers:
-                self._handles.extend(layer.attach())
+                self._handles.append(embedding.register_forward_hook(self._keep_graph))
+            for each in self._plan.watched:
+                self._handles.extend(each.attach())
         except BaseException:
             self._detach()
             raise
@@ -135,62 +160,70 @@ class Observer:
         finally:
             self.discard_sample()
             self._detach()
-        if kind is None and self.samples == self._first:
-            raise BenchError(f"nothing was observed: {self._silent()} never ran inside the block")
+        if kind is None and self.samples == self._first and self._watch.sampled:
+            names = self._plan.names
+            others = f" and {len(names) - 1} other targets" if len(names) > 1 else ""
+            raise BenchError(f"nothing was observed: {names[0]}{others} never ran inside the block")
 
-    def end_sample(self) -> None:
+    def end_sample(self, calls: int = 0) -> None:
         """Close the sample: check that every target fired, add its sums to the totals.
 
+        Args:
+            calls: how many forward/backward pairs this one has, should they be fewer than usual (the last step of an
+                epoch under gradient accumulation); 0 for as many as the observer was made for.
+
         Raises:
-            BenchError: a target did not fire, or fired more than once; the sample is discarded.
+            BenchError: a target did not fire, or fired more often than it should; the sample is discarded.
         """
+        self._forwards = 0
+        if not self._watch.sampled:
+            return
+        calls = calls or self._watch.calls
         gradients = self._watch.gradients
-        for layer in self._layers:
-            if not layer.fired["down"] or (gradients and not layer.complete()):
-                message = missing(layer, self.samples)
+        for each in self._plan.watched:
+            if gradients and calls < self._watch.calls:
+                each.finish()
+            ran = all(each.fired[name] for name in each.modules)
+            often = gradients and max(each.fired.values(), default=0) > calls
+            if not ran or often or (gradients and not each.complete(calls)):
+                message = missing(each, self.samples, calls)
                 self.discard_sample()
                 raise BenchError(message)
-        for bank in self._banks.values():
+        for bank in self._plan.banks:
             bank.close(gradients, self.loss_scale)
-        for row, layer in enumerate(self._layers):
-            self._counts.add(row, 0, layer.tokens)
+        for row, tokens in enumerate(self._plan.tokens()):
+            self._counts.add(row, 0, tokens)
             self._counts.add(row, 1, [1])
             if gradients:
-                self._counts.add(row, 2, layer.grad_tokens)
+                self._counts.add(row, 2, tokens)
                 self._counts.add(row, 3, [1])
-            layer.reset()
+        if self.record is not None:
+            self._tell(self.record)
+        self._forget()
         self.samples += 1
+        if self._budget is None:
+            self.steps += 1
 
     def discard_sample(self) -> None:
         """Forget the sample in progress; the totals stay as they were."""
-        for layer in self._layers:
-            layer.reset()
-        for bank in self._banks.values():
+        self._forget()
+        self._forwards = 0
+        for bank in self._plan.banks:
             bank.discard()
 
     def check(self) -> None:
         """Wait for the device and refuse totals that hold NaN or infinity.
 
         Raises:
-            BenchError: naming the layer, the sample (counted from the first one of the scan) and whether
+            BenchError: naming the target, the sample (counted from the first one of the scan) and whether
                 activations or gradients went wrong first.
         """
-        closed = self.samples - self._first
-        worst: tuple[int, bool, int] | None = None
-        for row, (bank, place) in enumerate(self._places):
-            finite = bank.finite[place].tolist()
-            for statistic, good in enumerate(finite):
-                found = (good, statistic >= FORWARD_ROWS, row)  # activations come first
-                if good < closed and (worst is None or found < worst):
-                    worst = found
-        if worst is None:
-            return
-        good, backward, row = worst
-        ffn = self.ffns[row]
-        raise BenchError(
-            f"layer {ffn.layer} ({ffn.name}): {'gradients' if backward else 'activations'} are NaN or infinite in "
-            f"sample {self._first + good}; look at that sample, or load the model in a wider type (bf16 or fp32)"
-        )
+        good, backward, row = self._plan.first_bad(self.samples - self._first)
+        if row >= 0:
+            raise BenchError(
+                f"{self._plan.names[row]}: {'gradients' if backward else 'activations'} are NaN or infinite in sample "
+                f"{self._first + good}; look at that sample, or load the model in a wider type (bf16 or fp32)"
+            )
 
     def totals(self) -> Totals:
         """Everything of the closed samples, on the host (waits for the device).
@@ -199,72 +232,75 @@ class Observer:
             BenchError: as `check`.
         """
         self.check()
-        sums = np.zeros(self.layout.shape)
-        for row, (bank, place) in enumerate(self._places):
-            sums[row] = bank.total[place].cpu().numpy()
-        return Totals(self.layout, sums, self._counts.array())
+        sums, norms = self._plan.collect()
+        for target, part in zip(self.layout.targets, sums, strict=True):
+            if not np.isfinite(part).all():
+                raise BenchError(f"{target.name}: sums are NaN or infinite; load the model in a wider type")
+        return Totals(self.layout, sums, self._counts.array(), norms)
 
     def load(self, totals: Totals, samples: int) -> None:
-        """Go on from totals of an earlier run, bit for bit. Only before the first sample.
+        """Replace what was counted by totals of an earlier run, bit for bit. Between samples only.
 
         Args:
             totals: as `totals()` gave them.
-            samples: how many samples they hold; the next one gets this number in messages.
+            samples: how many samples they hold; the next one gets this number in messages and records.
         """
         if totals.layout != self.layout:
-            raise BenchError("these totals belong to another model or rho: they cannot be continued")
-        for row, (bank, place) in enumerate(self._places):
-            bank.total[place].copy_(torch.from_numpy(totals.sums[row]))
-        self._counts.host[:] = totals.counts
-        self.samples = self._first = samples
-
-    def _allocate(self) -> None:
-        devices: dict[torch.device, list[int]] = {}
-        for row, ffn in enumerate(self.ffns):
-            weight = getattr(ffn.gate, "weight", None)
-            device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-            if device.type == "meta":
-                raise BenchError(
-                    f"{ffn.name} is offloaded (its weights are on no device): load the model without offload to scan it"
-                )
-            devices.setdefault(device, []).append(row)
-        places: dict[int, tuple[Bank, int]] = {}
-        for device, rows in devices.items():
-            bank = self._banks[device] = Bank(device, len(rows), self.layout.shape[2])
-            places.update({row: (bank, place) for place, row in enumerate(rows)})
-        self._places = [places[row] for row in range(len(self.ffns))]
-        for row, ffn in enumerate(self.ffns):
-            bank, place = self._places[row]
-            neurons = self.layout.widths[row]
-            self._layers.append(Layer(ffn, bank.sample[place, :, :neurons], self.layout.top(neurons), self._watch))
+            raise BenchError("these totals belong to another model, other targets or rho: they cannot be continued")
+        if self._pending():
+            raise BenchError("a sample is in progress: close or discard it before loading totals")
+        self._plan.load(totals)
+        self._counts.load(totals.counts)
+        self.samples = self._first = self.steps = samples
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._watch.enabled:
+        watch = self._watch
+        watch.passing = watch.gradients and not torch.is_grad_enabled()  # an evaluation between training steps
+        if not watch.enabled or watch.passing:
             return
-        if self._watch.gradients and self._pending() and all(layer.complete() for layer in self._layers):
-            self.end_sample()
-        for layer in self._layers:
-            layer.current = None
+        calls = watch.calls
+        if watch.gradients and self._forwards >= calls:
+            if not watch.sampled:
+                self._forwards = 0
+            elif all(each.complete(calls) for each in self._plan.watched):
+                self.end_sample()
+        if self._forwards == 0 and self._budget is not None:
+            watch.sampled = self._budget.begin()
+            self.steps += 1
+        self._forwards += 1
+        if not watch.sampled:
+            return
         if args:
             kwargs = self._signature.bind_partial(*args, **kwargs).arguments
         attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        self._watch.begin(*(m if isinstance(m, Tensor) and m.dim() == 2 else None for m in (attention, labels)))
+        watch.begin(*(m if isinstance(m, Tensor) and m.dim() == 2 else None for m in (attention, labels)))
+
+    def _tell(self, record: Record) -> None:
+        norms = self._plan.last_norms()
+        if not self._watch.gradients:
+            norms[:, 1] = torch.nan
+        first = self._plan.tokens()[0]
+        tokens = sum(first[1:], start=first[0]) if first else 0
+        record(self.steps - (self._budget is not None), tokens, norms, self._plan.methods())
+
+    def _keep_graph(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Reentrant checkpointing builds no graph at all unless an input of the checkpoint needs one."""
+        if self._watch.on and torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)
 
     def _pending(self) -> bool:
-        return any(layer.fired for layer in self._layers)
+        return any(each.pending() for each in self._plan.watched)
 
-    def _silent(self) -> str:
-        return f"{self.ffns[0].name} and {len(self.ffns) - 1} other layers" if len(self.ffns) > 1 else self.ffns[0].name
+    def _forget(self) -> None:
+        for each in self._plan.watched:
+            each.reset()
+        self._watch.forget()
 
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer in self._layers:
-            layer.release()
-
-
-def _keep_graph(module: nn.Module, args: Any, output: Tensor) -> None:
-    """Reentrant checkpointing builds no graph at all unless an input of the checkpoint needs one."""
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_(True)
+        if self._budget is not None:
+            self._budget.pause()
+        for each in self._plan.watched:
+            each.release()

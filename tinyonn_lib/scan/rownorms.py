@@ -17,6 +17,8 @@ fp32. (Gram in bf16 has 0.8 % median error.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -40,16 +42,17 @@ class Cost:
     tiles: float
 
 
-def cost(tokens: int, d_in: int, d_out: int, sharing: int = 1) -> Cost:
+def cost(tokens: int, d_in: int, d_out: int, sharing: float = 1) -> Cost:
     """FLOP for one of `sharing` weights [d_out, d_in] that read the same X of `tokens` rows.
 
-    With sharing=1 the two meet at T = d_in*d_out / (d_in+d_out) (DESIGN §4); sharing K moves it up.
+    With sharing=1 the two meet at T = d_in*d_out / (d_in+d_out) (DESIGN §4); sharing K moves it up, and infinity
+    stands for a K that is there already.
     """
     gram = 2.0 * tokens * tokens * (d_in / sharing + d_out)
     return Cost(gram=gram, tiles=2.0 * tokens * d_in * d_out)
 
 
-def choose(tokens: int, d_in: int, d_out: int, sharing: int = 1) -> str:
+def choose(tokens: int, d_in: int, d_out: int, sharing: float = 1) -> str:
     """`"gram"` or `"tiles"`, whichever costs fewer FLOP (ties go to gram: it needs less memory)."""
     price = cost(tokens, d_in, d_out, sharing)
     return "gram" if price.gram <= price.tiles else "tiles"
@@ -92,13 +95,58 @@ def row_squares_tiles(x: Tensor, g: Tensor, tile_values: int = TILE_VALUES) -> T
 
 
 def row_squares_grad(grad: Tensor) -> Tensor:
-    """Squared row norms of a gradient that exists. grad: (d_out, d_in), any float type. Returns (d_out,)."""
-    return _squares(_wide(grad), 1)
+    """Squared row norms of a gradient that exists. grad: (d_out, ...), any float type. Returns (d_out,)."""
+    # Twice as fast as squaring first along contiguous rows (and ten times slower along columns).
+    return torch.linalg.vector_norm(_wide(grad).flatten(1), dim=1).square_()
 
 
 def column_squares_grad(grad: Tensor) -> Tensor:
     """Squared column norms of a gradient that exists. grad: (d_out, d_in). Returns (d_in,)."""
     return _squares(_wide(grad), 0)
+
+
+def embedding_squares(ids: Tensor, g: Tensor, rows: int, head: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    """Squared row norms of an embedding's gradient, scatter(G) + H, without building it.
+
+    Args:
+        ids: (T,) token ids.
+        g: (T, d), gradient of the embedding's output.
+        rows: vocabulary.
+        head: where the weight is tied to the head: the head's (T', d) input X and (T', vocabulary) output gradient G',
+            whose H = G'^T X is added *before* the norm (PEERS §3), and the squared row norms of H alone.
+
+    Returns:
+        (rows,) in fp32 or fp64. Asks the device nothing: there are T slots for token ids, however many occur.
+    """
+    g = _wide(g)
+    ids, order = ids.sort()
+    slot = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).long()]).cumsum(0)
+    scattered = torch.zeros_like(g).index_add_(0, slot, g[order])
+    row = torch.zeros_like(ids).scatter_(0, slot, ids)  # slots left over are zero and add nothing to row 0
+    squares = _squares(scattered, 1)
+    if head is None:
+        return g.new_zeros(rows).index_add_(0, row, squares)
+    x, g_head, own = head
+    # |s + h|^2 = |h|^2 + s (s + 2 h), and h is needed only where s is not zero.
+    mixed = _wide(g_head[:, row]).t() @ _wide(x)
+    squares = (scattered * (scattered + 2.0 * mixed)).sum(1)
+    return own.clone().index_add_(0, row, squares.to(own)).clamp_(min=0.0)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32 or bf16 inside fp32 products, whatever the caller has allowed for his own."""
+    allowed = torch.get_float32_matmul_precision()
+    kind = device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        if allowed == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
 
 
 def row_norms(x: Tensor, g: Tensor, method: str = "auto") -> Tensor:

@@ -1,24 +1,20 @@
-"""What the scanner counts: names, order and shapes of the packed statistics, merging, and the neuron table.
+"""What the scanner counts: kinds of targets, their statistics in packing order, and merging.
 
-Everything is a *sum* (float64) or a *count* until `neurons_table`, the one place that divides: sums of
-workers add up, averages do not (ERRATA 000, "INCRBYFLOAT gives averages").
+Everything is a *sum* (float64) or a *count* until `tables` divides: sums of workers add up, averages do not
+(ERRATA 000, "INCRBYFLOAT gives averages").
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from tinyonn_lib.errors import BenchError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-# Axis 1 of the packed array, in order. Appending is a new layout version; reordering is never done.
+# Statistics of a kind of target, in the order of the packed array. Appending or reordering is a new version.
 STATISTICS: tuple[str, ...] = (
     "abs_h",  # sum over tokens of |h|
     "h",  # sum over tokens of h
@@ -30,55 +26,106 @@ STATISTICS: tuple[str, ...] = (
     "grad_down",  # sum over samples of the column norm of dL/dW_down
     "grad",  # sum over samples of sqrt(gate^2 + up^2 + down^2)
 )
-FORWARD = slice(0, 4)  # known after a forward
-BACKWARD = slice(4, 9)  # known after a backward
-# Columns of the counters, one row per layer.
+KINDS: dict[str, tuple[str, ...]] = {
+    # One gated FFN; a row is a neuron.
+    "neurons": STATISTICS,
+    # One nn.Linear; a row is an output: |y| and top rho as above, norm of the row of dL/dW.
+    "linear": ("abs_y", "top", "grad"),
+    # One embedding; a row is a token id: how often it was read, norm of its row of dL/dE (the head's part included
+    # where the weight is tied).
+    "embedding": ("count", "grad"),
+    # One module of fused experts; a row is an expert: tokens routed to it, sum of their routing weights, norms of its
+    # slices of the two gradients and of both together.
+    "experts": ("count", "weight", "grad_gate_up", "grad_down", "grad"),
+}
+# Of each kind the statistics that mean: how strongly active, how often, how large a gradient.
+ACTIVITY = {
+    "neurons": ("abs_h", "top", "grad"),
+    "linear": ("abs_y", "top", "grad"),
+    "embedding": ("count", "count", "grad"),
+    "experts": ("weight", "count", "grad"),
+}
+# Columns of the counters and of the tensor norms, one row per target.
 COUNTERS: tuple[str, ...] = ("tokens", "samples", "grad_tokens", "grad_samples")
-COLUMNS: tuple[str, ...] = (
-    "layer", "neuron", "tokens", "samples", "act", "act_mean", "act_sq", "freq",
-    "grad_gate", "grad_up", "grad_down", "grad", "saliency",
-)  # fmt: skip
-LAYOUT_VERSION = 1
+NORMS: tuple[str, ...] = ("act_norm", "grad_norm")  # sums over samples of |X| (Frobenius) and of |dL/dW|
+# How a target's norms of a step were taken, as recorded per step: a number into this table. "again" is a second forward
+# and backward of the module, "mixed" is several ways for several weights.
+METHODS: tuple[str, ...] = ("none", "grad", "gram", "tiles", "again", "mixed")
+LAYOUT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that is watched.
+
+    Attributes:
+        name: module name inside the model, such as `model.layers.0.mlp`.
+        kind: a key of `KINDS`.
+        rows: units with statistics of their own; 0 when only the norms of the whole tensor are kept.
+        layer: decoder layer, -1 outside the layers.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    layer: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(statistics, rows) of the packed sums."""
+        return len(KINDS[self.kind]), self.rows
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of a scan: which layers, how many neurons in each, and the top share rho.
+    """Shape of a scan: what is watched, and the top share rho.
 
     Attributes:
-        layers: layer numbers, in the order of the packed arrays.
-        widths: neurons per layer, same order.
-        rho: share of a layer's neurons that count as its top on a token, in (0, 1].
+        targets: in the order of the packed arrays, each name and kind once.
+        rho: share of a target's rows that count as its top on a token, in (0, 1].
     """
 
-    layers: tuple[int, ...]
-    widths: tuple[int, ...]
+    targets: tuple[Target, ...]
     rho: float
 
     def __post_init__(self) -> None:
-        if len(self.layers) != len(self.widths) or len(set(self.layers)) != len(self.layers):
-            raise BenchError(f"a scan needs one width per layer and each layer once; layers are {self.layers}")
+        if len({(target.name, target.kind) for target in self.targets}) != len(self.targets):
+            raise BenchError("a scan needs each target once")
+        if unknown := {target.kind for target in self.targets} - set(KINDS):
+            raise BenchError(f"unknown kind of target: {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
         if not 0.0 < self.rho <= 1.0:
             raise BenchError(f"rho={self.rho} is a share of the layer's neurons: choose it in (0, 1], e.g. 0.05")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(layers, statistics, widest layer): narrower layers are padded with zeros at the end."""
-        return len(self.layers), len(STATISTICS), max(self.widths, default=0)
+    def units(self) -> int:
+        """Rows of all targets together."""
+        return sum(target.rows for target in self.targets)
 
-    def top(self, width: int) -> int:
-        """How many of `width` neurons are the layer's top: round(rho * width), at least one."""
-        return max(1, min(width, round(self.rho * width)))
+    def top(self, rows: int) -> int:
+        """How many of `rows` are the top: round(rho * rows), at least one."""
+        return max(1, min(rows, round(self.rho * rows)))
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """The layout as JSON-able values, for fingerprints and file headers."""
         return {
             "version": LAYOUT_VERSION,
-            "statistics": list(STATISTICS),
-            "layers": list(self.layers),
-            "widths": list(self.widths),
+            "statistics": {kind: list(KINDS[kind]) for kind in sorted({target.kind for target in self.targets})},
+            "targets": [[target.name, target.kind, target.rows, target.layer] for target in self.targets],
             "rho": self.rho,
         }
+
+    @classmethod
+    def parse(cls, described: Mapping[str, Any]) -> Layout:
+        """The layout back from `describe`.
+
+        Raises:
+            BenchError: described by another version.
+        """
+        statistics = described.get("statistics")
+        known = isinstance(statistics, dict) and all(list(KINDS.get(kind, ())) == v for kind, v in statistics.items())
+        if described.get("version") != LAYOUT_VERSION or not known:
+            raise BenchError("this scan was written by another version of the bench: scan again")
+        return cls(tuple(Target(*target) for target in described["targets"]), described["rho"])
 
 
 @dataclass(frozen=True)
@@ -86,35 +133,48 @@ class Totals:
     """Sums of everything scanned so far.
 
     Attributes:
-        layout: what the axes mean.
-        sums: float64, (layer, statistic, neuron), statistics in the order of `STATISTICS`. Gradient sums are
-            in units of the loss per weight, saliency in units of the loss.
-        counts: float64 whole numbers, (layer, counter), counters in the order of `COUNTERS`.
+        layout: what the entries mean.
+        sums: per target, float64 (statistics of its kind, rows). Gradient sums are in units of the loss per weight,
+            saliency in units of the loss.
+        counts: float64 whole numbers, (targets, counters), counters in the order of `COUNTERS`.
+        norms: float64 (targets, 2), in the order of `NORMS`.
     """
 
     layout: Layout
-    sums: np.ndarray
+    sums: tuple[np.ndarray, ...]
     counts: np.ndarray
+    norms: np.ndarray
 
     def __post_init__(self) -> None:
-        expected = self.layout.shape
-        if self.sums.shape != expected or self.counts.shape != (expected[0], len(COUNTERS)):
-            raise BenchError(
-                f"totals of shape {self.sums.shape}, {self.counts.shape} do not fit {expected} of the layout"
-            )
+        targets = self.layout.targets
+        wanted = [target.shape for target in targets]
+        found = [part.shape for part in self.sums]
+        if found != wanted or self.counts.shape != (len(targets), len(COUNTERS)):
+            raise BenchError(f"totals of shapes {found[:3]}…, {self.counts.shape} do not fit the layout {wanted[:3]}…")
+        if self.norms.shape != (len(targets), len(NORMS)):
+            raise BenchError(f"tensor norms of shape {self.norms.shape} do not fit {len(targets)} targets")
 
     @classmethod
     def zeros(cls, layout: Layout) -> Totals:
-        return cls(layout, np.zeros(layout.shape), np.zeros((len(layout.layers), len(COUNTERS))))
+        """Nothing counted yet."""
+        targets = len(layout.targets)
+        return cls(
+            layout,
+            tuple(np.zeros(target.shape) for target in layout.targets),
+            np.zeros((targets, len(COUNTERS))),
+            np.zeros((targets, len(NORMS))),
+        )
 
-    def layer(self, layer: int, statistic: str) -> np.ndarray:
-        """One statistic of one layer, float64 (neurons,), without padding."""
-        row = self.layout.layers.index(layer)
-        return self.sums[row, STATISTICS.index(statistic), : self.layout.widths[row]]
+    def of(self, name: str, statistic: str, kind: str = "") -> np.ndarray:
+        """One statistic of one target, float64 (rows,). `kind` is needed where a name is watched in two ways."""
+        for target, part in zip(self.layout.targets, self.sums, strict=True):
+            if target.name == name and kind in ("", target.kind) and statistic in KINDS[target.kind]:
+                return np.asarray(part[KINDS[target.kind].index(statistic)])
+        raise BenchError(f"no target {name!r} with statistic {statistic!r} in this scan")
 
 
 def merge(parts: Iterable[Totals]) -> Totals:
-    """Add totals of several workers. Parts are added in the order given (float64 sums depend on it).
+    """Add totals. Parts are added in the order given (float64 sums depend on it).
 
     Raises:
         BenchError: no part, or parts of different layouts.
@@ -122,58 +182,15 @@ def merge(parts: Iterable[Totals]) -> Totals:
     parts = list(parts)
     if not parts:
         raise BenchError("nothing to merge: no worker has committed anything yet")
-    first = parts[0]
-    sums, counts = first.sums.copy(), first.counts.copy()
-    for part in parts[1:]:
-        if part.layout != first.layout:
+    result = Totals.zeros(parts[0].layout)
+    for part in parts:
+        if part.layout != result.layout:
             raise BenchError(
-                f"cannot add totals of different layouts ({part.layout.shape}, rho={part.layout.rho} and "
-                f"{first.layout.shape}, rho={first.layout.rho}): scan both with the same model and rho"
+                f"cannot add totals of different layouts (rho={part.layout.rho} and {result.layout.rho}, "
+                f"{part.layout.units} and {result.layout.units} units): scan all with one model, targets and rho"
             )
-        sums += part.sums
-        counts += part.counts
-    return Totals(first.layout, sums, counts)
-
-
-def neurons_table(totals: Totals) -> pd.DataFrame:
-    """One row per neuron, columns exactly `COLUMNS`.
-
-    Returns:
-        `layer, neuron` (int64), `tokens, samples` (int64, of that layer), `act` mean |h|, `act_mean` mean h,
-        `act_sq` mean h^2 (each per token), `freq` share of tokens on which the neuron is in the layer's top
-        rho, `grad_gate, grad_up, grad_down` mean per sample of the norms of the neuron's gate row, up row and
-        down column of the weight gradient, `grad` mean per sample of their joint norm, `saliency` mean per
-        token of |h * dL/dh|. Where nothing was counted the mean is NaN, never a silent zero.
-    """
-    import pandas as pd
-
-    layout = totals.layout
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-    denominators = {
-        "act": ("abs_h", "tokens"),
-        "act_mean": ("h", "tokens"),
-        "act_sq": ("h_sq", "tokens"),
-        "freq": ("top", "tokens"),
-        "grad_gate": ("grad_gate", "grad_samples"),
-        "grad_up": ("grad_up", "grad_samples"),
-        "grad_down": ("grad_down", "grad_samples"),
-        "grad": ("grad", "grad_samples"),
-        "saliency": ("saliency", "grad_tokens"),
-    }
-    for row, (layer, width) in enumerate(zip(layout.layers, layout.widths, strict=True)):
-        counts = dict(zip(COUNTERS, totals.counts[row], strict=True))
-        columns["layer"].append(np.full(width, layer, dtype=np.int64))
-        columns["neuron"].append(np.arange(width, dtype=np.int64))
-        columns["tokens"].append(np.full(width, int(counts["tokens"]), dtype=np.int64))
-        columns["samples"].append(np.full(width, int(counts["samples"]), dtype=np.int64))
-        for column, (statistic, counter) in denominators.items():
-            values = totals.sums[row, STATISTICS.index(statistic), :width]
-            columns[column].append(values / counts[counter] if counts[counter] else np.full(width, math.nan))
-    return pd.DataFrame({name: np.concatenate(parts) if parts else [] for name, parts in columns.items()})
-
-
-def layer_ranks(neurons: pd.DataFrame, one: str, other: str) -> pd.Series:
-    """Spearman correlation of two columns within each layer; pooled, differences between layers would hide it."""
-    import pandas as pd
-
-    return pd.Series({layer: rows[one].corr(rows[other], "spearman") for layer, rows in neurons.groupby("layer")})
+        for total, more in zip(result.sums, part.sums, strict=True):
+            total += more
+        result.counts[:] += part.counts
+        result.norms[:] += part.norms
+    return result

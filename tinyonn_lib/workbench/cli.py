@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from tinyonn_lib.workbench.phases import PHASES, ROOT, Phase, home, reports_root
 
 SHARED = ("run", "base", "profile")
 """Overrides that mean the same for every phase and so need no `phase.` in front."""
+
+TOOLS = {
+    "mscan": ("look into .mscan files", "tinyonn_lib.scan.commands:mscan"),
+    "store": ("look into the store of a scan", "tinyonn_lib.scan.commands:store"),
+}
+"""Commands that others bring: name -> (help, module:function that fills in the parser)."""
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -85,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("files", nargs="*", type=Path, help="files to check (default: all under params/)")
     sync = add("sync", "write the notebooks' parameters cells from params/*.yaml", _sync)
     sync.add_argument("--check", action="store_true", help="only say what has drifted; exit 1 if anything has")
+    for name, (text, where) in TOOLS.items():
+        module, _, function = where.partition(":")
+        getattr(import_module(module), function)(commands.add_parser(name, help=text, description=text))
     return parser
 
 

@@ -114,9 +114,14 @@ class Scan(Params):
     tokens: Count
     batch: Literal[1]
     length: Annotated[int, Field(ge=8)]
+    targets: str
+    rows: bool
     rho: Fraction
     redis_url: Annotated[str, AfterValidator(_no_password)]
     flush_seconds: Positive
+    shards: Count
+    workers: Count
+    budget: Annotated[float, Field(gt=0, lt=1)]
     seed: Seed
 
 

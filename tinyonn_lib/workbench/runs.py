@@ -31,7 +31,8 @@ PENDING = ".manifest.json"
 FAILED = "failed.ipynb"
 NOT_OUTPUTS = {MANIFEST, FAILED, "notebook.ipynb", "report.html"}
 WHOLE_HASH = 64_000_000  # bytes: larger files of the user are told apart by size and time
-PLACE = ("run", "base")  # parameters that say where a phase lives, not what it computes
+# Parameters that say where and in what steps a phase works, not what it computes: a change of these keeps the result.
+PLACE = ("run", "base", "redis_url", "flush_seconds", "checkpoint_seconds", "workers")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "umap-learn", "plotly")
 
 State = Literal["done", "stale", "unfinished", "not run"]
@@ -271,13 +272,18 @@ class Run:
         return progress.reporter(what, unit)
 
     def finish(
-        self, metrics: Mapping[str, float | int | str], headline: tuple[str, str], device: object = "cpu"
+        self,
+        metrics: Mapping[str, float | int | str],
+        headline: tuple[str, str],
+        device: object = "cpu",
+        costs: Mapping[str, float] | None = None,
     ) -> None:
         """Hash the artefacts and write the manifest.
 
         Args:
             headline: (label, value) for the index card.
             device: where the work was done, such as `model.device`.
+            costs: what depends on the clock, and so differs from run to run.
         """
         self._clear()
         files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
@@ -293,6 +299,7 @@ class Run:
             "inputs": self.inputs,
             "outputs": entries,
             "metrics": dict(metrics),
+            "costs": dict(costs or {}),
             "headline": {"label": headline[0], "value": headline[1]},
             "versions": versions(),
             "device": device_name(device),

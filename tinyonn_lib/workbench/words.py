@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def facts_table(values: Mapping[str, Any]) -> str:
     """A Markdown table of names and values, numbers with separators."""
-    shown = {k: f"{v:,}" if isinstance(v, Number) else html.escape(str(v)) for k, v in values.items()}
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items())])
+    return _table(("", ""), list(values.items()))
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A Markdown table of a frame, numbers with separators."""
+    return _table([str(name) for name in frame.columns], list(frame.itertuples(index=False)))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Number):
+        return f"{value:,}"
+    return html.escape(str(value)).replace("|", "&#124;")
 
 
 def quotations(samples: Mapping[str, str]) -> str:

@@ -1,0 +1,82 @@
+"""Which steps to observe so that observing costs no more than a given share of the time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+
+# Steps whose times are remembered: enough for a median, few enough to follow a change of sequence length.
+_MEMORY = 32
+_WARM_UP = 2  # the first steps of all fill caches
+_PLAIN_FIRST = 5
+# One step in so many stays plain even when observing seems free, or nobody would notice that it no longer is.
+_PLAIN_EVERY = 16
+
+
+class Budget:
+    """A step-sampling controller.
+
+    It keeps the time that observed steps took beyond plain ones under `share` of the time of plain ones, over the whole
+    run: a step is observed only when its expected cost fits into what has been saved up. The clock runs from the
+    beginning of one step to the beginning of the next, optimiser and data included, and never waits for the device.
+
+    Args:
+        share: slowdown allowed, such as 0.05.
+        clock: seconds; replaced in tests.
+
+    Attributes:
+        steps: steps seen.
+        observed: steps observed.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.share, self._clock = share, clock
+        self.steps = self.observed = 0
+        self._plain: deque[float] = deque(maxlen=_MEMORY)
+        self._watched: deque[float] = deque(maxlen=_MEMORY)
+        self._saved = 0.0  # seconds that may be spent
+        self._began: float | None = None
+        self._sampled = False
+
+    def begin(self) -> bool:
+        """A step begins: whether to observe it."""
+        now = self._clock()
+        if self._began is not None and self.steps > _WARM_UP:
+            self._learn(now - self._began)
+        self._began = now
+        self._sampled = self._affordable()
+        self.steps += 1
+        self.observed += self._sampled
+        return self._sampled
+
+    def pause(self) -> None:
+        """Nothing is watched for a while: the time until the next step is nobody's."""
+        self._began = None
+
+    @property
+    def cost(self) -> float:
+        """Seconds that observing adds to a step, as measured so far; 0 before the first comparison."""
+        if not self._plain or not self._watched:
+            return 0.0
+        return max(0.0, _mean(self._watched) - _mean(self._plain))
+
+    def _learn(self, seconds: float) -> None:
+        (self._watched if self._sampled else self._plain).append(seconds)
+        plain = _mean(self._plain) if self._plain else 0.0
+        self._saved += self.share * plain
+        if self._sampled:
+            self._saved -= seconds - plain  # as it was; what the next one will cost is a guess
+
+    def _affordable(self) -> bool:
+        if len(self._plain) < _PLAIN_FIRST or self.steps % _PLAIN_EVERY == 0:
+            return False
+        return not self._watched or self._saved >= self.cost  # one has to be observed to know what it costs
+
+
+def _mean(times: Sequence[float]) -> float:
+    """Without the odd pause. Not the median: lengths of texts are skewed, and time adds up, so sums must come out."""
+    limit = 5.0 * median(times)
+    kept = [seconds for seconds in times if seconds <= limit]
+    return sum(kept) / len(kept)
