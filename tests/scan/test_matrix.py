@@ -11,6 +11,7 @@ import torch
 from scan_models import linears, nll, quantised, samples, tiny
 from torch import Tensor, nn
 
+from tinyonn_lib.scan import weight
 from tinyonn_lib.scan.observer import Observer
 from tinyonn_lib.scan.statistics import Totals
 
@@ -218,22 +219,30 @@ def test_padding_row_of_an_embedding_gets_no_gradient() -> None:
         model.zero_grad()
 
 
-def test_full_precision_inside_whatever_the_caller_allows() -> None:
+def test_full_precision_inside_whatever_the_caller_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = torch.backends.mkldnn.matmul
     model, plain = made("frozen", True, "fp32")
     text = samples(1, low=60, high=61)[0]
     seen = set()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        from tinyonn_lib.scan import weight
+    original = weight.row_squares_tiles
 
-        original = weight.row_squares_tiles
-        weight.row_squares_tiles = lambda *a: seen.add(torch.get_float32_matmul_precision()) or original(*a)
-        with Observer(model, "linears", rho=RHO, method="tiles") as observer:
-            nll(model, torch.tensor([text])).backward()
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        weight.row_squares_tiles = original
-        torch.set_float32_matmul_precision("highest")
-    assert seen == {"highest"}
+    def spying(*a: Tensor) -> Tensor:
+        seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return original(*a)
+
+    monkeypatch.setattr(weight, "row_squares_tiles", spying)
+    for allow in (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(backends, "fp32_precision", "tf32"),
+    ):
+        allow()
+        before = backends.fp32_precision
+        try:
+            with Observer(model, "linears", rho=RHO, method="tiles") as observer:
+                nll(model, torch.tensor([text])).backward()
+            assert backends.fp32_precision == before
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert seen == {"ieee"}
     expected = gradients(plain, text)["model.layers.0.mlp.up_proj"]
     assert agrees(observer.totals().of("model.layers.0.mlp.up_proj", "grad"), expected.norm(dim=1))

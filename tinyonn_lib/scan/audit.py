@@ -26,9 +26,10 @@ def head(model: nn.Module) -> nn.Module | None:
     return _end(model, "get_output_embeddings")
 
 
-def checkpointing(model: nn.Module) -> bool:
-    """Whether any layer recomputes its forward in the backward (transformers sets this flag per layer)."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def own_forward(module: nn.Module) -> bool:
+    """Whether a linear or embedding computes something of its own, as a scaled embedding does."""
+    plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+    return not plain and "bitsandbytes" not in type(module).__module__
 
 
 def refuse_blind_spots(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -42,15 +43,18 @@ def refuse_blind_spots(model: nn.Module, name: str, module: nn.Module) -> None:
                 f"{name}: the model is compiled, and hooks inside a compiled graph are ignored; observe it uncompiled"
             )
     weight: Any = getattr(module, "weight", None)
-    known = type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
-    known = known or not isinstance(module, nn.Linear | nn.Embedding) or "bitsandbytes" in type(module).__module__
-    if not known and not getattr(weight, "requires_grad", False):
+    single = isinstance(module, nn.Linear | nn.Embedding)
+    frozen = not getattr(weight, "requires_grad", False)
+    if single and own_forward(module) and frozen:
         raise BenchError(
             f"{name}: {type(module).__name__} has a forward of its own, so the gradient of its frozen weight cannot be "
             "told from inputs and outputs; leave it out of the targets, or make it trainable"
         )
-    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
-        raise BenchError(f"{name}: embeddings with max_norm or scale_grad_by_freq cannot be observed; leave it out")
+    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.sparse or module.max_norm is not None):
+        raise BenchError(f"{name}: an embedding with max_norm, scale_grad_by_freq or sparse cannot be observed")
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if frozen and tied and head(model) is None and module is input_embedding(model):
+        raise BenchError(f"{name} is tied to a head outside the observed module: observe the whole language model")
     # bitsandbytes on CPUs with AVX512-BF16 repacks NF4 weights in the first forward that needs no
     # gradient; from then on gradients through them are wrong, silently (PEERS §6).
     packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
@@ -101,16 +105,17 @@ def coverage(model: nn.Module, totals: Totals) -> pd.DataFrame:
 
     kinds: dict[int, dict[str, int]] = {}
     for target, counts in zip(totals.layout.targets, totals.counts, strict=True):
-        for parameter in model.get_submodule(target.name).parameters():
-            if parameter.dim() > 1:
-                kinds.setdefault(id(parameter), {})[target.kind] = int(counts[1])
+        module: Any = model.get_submodule(target.name)
+        parts = [module.gate_proj, module.up_proj, module.down_proj] if target.kind == "neurons" else [module]
+        for parameter in (p for part in parts for p in part.parameters(recurse=False) if p.dim() > 1):
+            kinds.setdefault(id(parameter), {})[target.kind] = int(counts[1])
     rows = []
     for name, parameter in model.named_parameters():
         seen = kinds.get(id(parameter), {})
-        module = name.split(".")[-2]
+        owner = name.rpartition(".")[0].rpartition(".")[2] or "(model)"
         shape = "×".join(map(str, parameter.shape))
         why = "" if seen else _why_not(model, name, parameter)
-        rows.append((name, module, shape, parameter.numel(), ", ".join(seen), max(seen.values(), default=0), why))
+        rows.append((name, owner, shape, parameter.numel(), ", ".join(seen), max(seen.values(), default=0), why))
     return pd.DataFrame(rows, columns=["parameter", "module", "shape", "values", "observed", "samples", "why"])
 
 

@@ -60,8 +60,8 @@ class KindBank:
         home = torch.device("cpu") if mps else device
         self.total = torch.zeros(len(KINDS[kind]), units, device=home, dtype=torch.float64)
 
-    def close(self, gradients: bool, scale: float | Tensor) -> None:
-        """Add the sample in progress to the totals."""
+    def close(self, gradients: bool, scale: float | Tensor, good: Tensor | None) -> None:
+        """Add the sample in progress to the totals; without its gradients should `good` be False."""
         rows, total = self.rows, self.total
         sample = self.sample.to(total) if self.sample.device != total.device else self.sample
         total[: rows.forward] += sample[: rows.forward]
@@ -71,7 +71,8 @@ class KindBank:
             joint = squares.sum(0, keepdim=True).sqrt_() if rows.joint else None
             squares.sqrt_()
             parts = norms if joint is None else torch.cat([norms, joint])
-            total[rows.forward :] += parts if _is_one(scale) else parts / _on(scale, parts)
+            parts = parts if _is_one(scale) else parts / _on(scale, parts)
+            total[rows.forward :] += parts if good is None else torch.where(good.to(parts.device), parts, 0.0)
         self.sample.zero_()
 
 
@@ -83,7 +84,7 @@ class Bank:
         act: (targets,) squared norm of the input, the sample in progress.
         weight: (weights + 1,) squared norm of each weight's gradient, the sample in progress; the last stays zero.
         norms: float64 (targets, 2), sums over closed samples.
-        last: float64 (targets, 2), norms of the sample closed last.
+        last: float64 (targets, 2), norms of the sample closed last; NaN where its gradients overflowed.
         finite: (targets, 2), how many samples were finite before the first that was not.
     """
 
@@ -121,27 +122,31 @@ class Bank:
         self.act.zero_()
         self.weight.zero_()
 
-    def trust(self) -> None:
-        """Other totals were loaded: whatever was not finite before has gone with the old ones."""
-        self.finite.zero_()
-        self._still.fill_(True)
+    def overflown(self) -> Tensor:
+        """0-dim bool on the device: whether any gradient of the sample in progress is NaN or infinite."""
+        return ~torch.isfinite(self.weight.sum())
 
-    def close(self, gradients: bool, scale: float | Tensor) -> None:
+    def close(self, gradients: bool, scale: float | Tensor, good: Tensor | None = None) -> None:
         """Add the sample in progress to the totals.
 
         Args:
             gradients: whether the sample has gradients.
             scale: factor on the loss (AMP, accumulation) that is taken out of gradients and saliency.
+            good: 0-dim bool, False when the loss was scaled so far up that gradients overflowed and AMP will skip the
+                step: its gradients are not counted. None: they count whatever they are.
         """
         for bank in self.kinds.values():
-            bank.close(gradients, scale)
+            bank.close(gradients, scale, good)
         grad = self.weight[self._weights].sum(1).sqrt_()
         grad = grad if _is_one(scale) else grad / _on(scale, grad)
-        found = torch.stack([self.act.sqrt(), grad], dim=1).to(self.norms)
+        counted = grad if good is None else torch.where(good.to(grad.device), grad, 0.0)
+        found = torch.stack([self.act.sqrt(), counted], dim=1).to(self.norms)
         self._still &= torch.isfinite(found)
         self.finite += self._still
         self.norms += found
         self.last = found
+        if good is not None:
+            self.last = torch.where(good.to(found.device), found, found.new_tensor([1.0, torch.nan]) * found)
         self.act.zero_()
         self.weight.zero_()
 
@@ -220,7 +225,7 @@ def _kth_largest(size: Tensor, k: int) -> Tensor:
         bits = size.view(torch.int64 if size.dtype == torch.float64 else torch.int32).numpy()
         values = torch.from_numpy(np.partition(bits, place, axis=1)[:, place : place + 1]).view(size.dtype)
     else:
-        values = size.kthvalue(place + 1, dim=1, keepdim=True).values
+        values = size.topk(k, dim=1).values[:, -1:]  # kthvalue is refused under deterministic algorithms
     return values.clamp(min=_TINY)
 
 

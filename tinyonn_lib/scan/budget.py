@@ -11,6 +11,7 @@ from statistics import median
 _MEMORY = 32
 _WARM_UP = 2  # the first steps of all fill caches
 _PLAIN_FIRST = 5
+_ODD = 5.0  # times the median: not a step, but a pause
 # One step in so many stays plain even when observing seems free, or nobody would notice that it no longer is.
 _PLAIN_EVERY = 16
 
@@ -63,11 +64,15 @@ class Budget:
         return max(0.0, _mean(self._watched) - _mean(self._plain))
 
     def _learn(self, seconds: float) -> None:
-        (self._watched if self._sampled else self._plain).append(seconds)
+        times = self._watched if self._sampled else self._plain
+        times.append(seconds)
         plain = _mean(self._plain) if self._plain else 0.0
         self._saved += self.share * plain
         if self._sampled:
-            self._saved -= seconds - plain  # as it was; what the next one will cost is a guess
+            # As it was; what the next one will cost is a guess. An evaluation after the step is not our cost.
+            odd = seconds > _ODD * median(times) if len(times) > 2 else seconds > 20.0 * plain
+            usual = _mean(times) if len(times) > 2 else plain
+            self._saved -= (usual if odd else seconds) - plain
 
     def _affordable(self) -> bool:
         if len(self._plain) < _PLAIN_FIRST or self.steps % _PLAIN_EVERY == 0:
@@ -77,6 +82,6 @@ class Budget:
 
 def _mean(times: Sequence[float]) -> float:
     """Without the odd pause. Not the median: lengths of texts are skewed, and time adds up, so sums must come out."""
-    limit = 5.0 * median(times)
+    limit = _ODD * median(times)
     kept = [seconds for seconds in times if seconds <= limit]
     return sum(kept) / len(kept)

@@ -51,7 +51,7 @@ class ObserverCallback(TrainerCallback):
         self._targets, self._path, self._meta = targets, path, dict(meta or {})
         self._observer: Observer | None = None
         self._writer: Writer | None = None
-        self._batches = 0
+        self._batches = self._step = 0
 
     @property
     def observer(self) -> Observer:
@@ -77,11 +77,19 @@ class ObserverCallback(TrainerCallback):
     ) -> None:
         """Put the hooks on the model."""
         assert model is not None
+        self._leave(RuntimeError, None, None)  # of an attempt before, when Trainer looks for a batch size that fits
         observer = Observer(model, self._targets, calls=args.gradient_accumulation_steps, **self._options)
         if self._path is not None:
             observer.record = self._record
             meta = {**self._meta, "budget": self._options["budget"]}
-            self._writer = Writer(self._path, observer.layout.targets, meta)
+            step = state.global_step  # not 0 when a training is resumed: what was written up to there stays
+            self._writer = Writer(
+                self._path,
+                observer.layout.targets,
+                meta,
+                append=step > 0 and Path(self._path).exists(),
+                before_step=step,
+            )
         self._observer, self._batches = observer.__enter__(), 0
 
     def on_substep_end(
@@ -102,6 +110,7 @@ class ObserverCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None and scaler.is_enabled():
             self.observer.loss_scale = scaler._get_scale_async()  # `get_scale` would wait for the device
+        self._step = state.global_step
         self.observer.end_sample(calls=self._batches + 1)
         self._batches = 0
 
@@ -113,7 +122,7 @@ class ObserverCallback(TrainerCallback):
 
     def _record(self, step: int, tokens: int | Tensor, norms: Tensor, methods: np.ndarray) -> None:
         if self._writer is not None:
-            self._writer.write(step, step, tokens, norms, methods)
+            self._writer.write(self._step, self._step, tokens, norms, methods)
 
     def _leave(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

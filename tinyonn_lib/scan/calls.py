@@ -21,12 +21,13 @@ class Input:
         readers: how many linears read it.
     """
 
-    __slots__ = ("__weakref__", "_gram", "_joined", "_key", "_source", "_square", "readers", "x")
+    __slots__ = ("__weakref__", "_gram", "_joined", "_key", "_source", "_square", "_version", "readers", "x")
 
     def __init__(self, source: Tensor, dtype: torch.dtype) -> None:
         # Detached: a hook that held a tensor with its graph would keep the graph alive through a cycle.
         self._source = source.detach()
         self._key = _identity(source, dtype)
+        self._version = version(source)
         x = flat(source)
         # Autocast rounds the input to the output's type, and the gradient follows that.
         self.x = x if x.dtype == dtype else x.to(dtype)
@@ -38,6 +39,11 @@ class Input:
     def same(self, source: Tensor, dtype: torch.dtype) -> bool:
         """Whether this is that tensor. We hold its memory, so equal addresses mean equal data."""
         return self._key == _identity(source, dtype)
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody has written into it since."""
+        return version(self._source) != self._version
 
     @property
     def has_gram(self) -> bool:
@@ -92,10 +98,11 @@ class Call:
         g: gradient of the output, (tokens, d_out).
         h: the neurons as the model has them, (tokens, neurons), where they are a target.
         mask: bool (tokens,) or None.
+        version: of `h` or `ids` when they were read.
         waiting: gradients still to come.
     """
 
-    __slots__ = ("__weakref__", "extra", "g", "h", "handles", "ids", "input", "mask", "member", "waiting")
+    __slots__ = ("__weakref__", "extra", "g", "h", "handles", "ids", "input", "mask", "member", "version", "waiting")
 
     def __init__(self, member: str) -> None:
         self.member = member
@@ -104,6 +111,7 @@ class Call:
         self.g: Tensor | None = None
         self.h: Tensor | None = None
         self.mask: Tensor | None = None
+        self.version = 0
         self.extra: tuple[Tensor, ...] = ()
         self.waiting = 0
         self.handles: list[RemovableHandle] = []
@@ -122,6 +130,11 @@ class Call:
         self.clear()
 
 
+def version(t: Tensor) -> int:
+    """How often the tensor, or any that shares its memory, was written into."""
+    return 0 if t.is_inference() else t._version
+
+
 def flat(t: Tensor) -> Tensor:
     """(..., d) -> (tokens, d), without its graph."""
     t = t.detach()
@@ -135,5 +148,4 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _identity(t: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    version = 0 if t.is_inference() else t._version
-    return t.data_ptr(), t.shape, t.stride(), t.dtype, version, dtype
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, version(t), dtype

@@ -26,6 +26,18 @@ from tinyonn_lib.scan.weight import graph_task
 PARTS = ("gate_up_proj", "down_proj")
 
 
+class _Bare(nn.Module):
+    """Experts without any hook on them: neither ours nor the user's see the forward that is taken again."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *args: Tensor) -> Tensor:
+        output: Tensor = self.experts.forward(*args)
+        return output
+
+
 class Experts:
     """Hooks and host-side bookkeeping of one module of fused experts; the same outside as `weight.Weight`."""
 
@@ -42,17 +54,19 @@ class Experts:
         self.name, self.module, self.watch = name, module, watch
         self.modules = {name: module}
         self.rows, self.total, self.act = rows, total, act
+        self.parameter: Any = getattr(module, PARTS[0])
         self.parameters: list[nn.Parameter] = [getattr(module, part) for part in PARTS]
         self.method = "none"
         self._signature = inspect.signature(module.forward)
-        self._again = False  # while the forward is taken again, it is not the model's
         self._alive: weakref.WeakSet[Call] = weakref.WeakSet()
         self.read_grad = False
         self.reset()
 
     def attach(self) -> list[RemovableHandle]:
         """Install all hooks; the caller removes the handles."""
-        handles: list[RemovableHandle] = [self.module.register_forward_hook(self._forward, with_kwargs=True)]
+        handles: list[RemovableHandle] = [
+            self.module.register_forward_hook(self._forward, with_kwargs=True, prepend=True)
+        ]
         trainable = all(parameter.requires_grad for parameter in self.parameters)
         self.read_grad = trainable and self.watch.gradients and self.watch.method in ("auto", "grad")
         if self.read_grad:
@@ -61,7 +75,8 @@ class Experts:
         return handles
 
     def reset(self) -> None:
-        """Forget the sample in progress (host side; the bank clears the scratch)."""
+        """Forget the sample in progress (host side; the bank clears the scratch). Its hooks fire no more."""
+        self.release()
         self.tokens: list[int | Tensor] = []
         self.fired: Counter[str] = Counter()
         self.arrived: Counter[str] = Counter()
@@ -91,15 +106,13 @@ class Experts:
             self._take()
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self._again:
-            return
         if not self.watch.on:
             self.watch.leaf(output)
             return
         x, index, weights = self._arguments(args, kwargs)
         recomputing = graph_task() != -1
         if not recomputing:
-            mask, tokens = self.watch.mask(x, self.name)
+            mask, tokens = self.watch.mask(x.shape[:-1], x.device, self.name)
             self.fired[self.name] += 1
             self.tokens.append(tokens)
             self._count(x, index, weights, mask)
@@ -109,7 +122,7 @@ class Experts:
         if recomputing and self._first:
             return
         if self._from_grad is None:
-            self._from_grad = self.read_grad and all(parameter.grad is None for parameter in self.parameters)
+            self._from_grad = self.read_grad and all(p.grad is None and p.requires_grad for p in self.parameters)
         if self._from_grad:
             return
         self._first = self._first or not recomputing
@@ -144,6 +157,7 @@ class Experts:
 
     def _arrived(self, call: Call, grad: Tensor) -> None:
         if not call.waiting:
+            self.arrived["outputs"] += 1  # a second backward: more than expected
             return
         call.waiting -= 1
         call.g = grad.detach()
@@ -155,19 +169,16 @@ class Experts:
     def _take(self) -> None:
         """The module's own forward again, each parameter a fresh leaf; gradients of several calls add up."""
         held, self._held = self._held, []
-        leaves = {name: getattr(self.module, name).detach().requires_grad_() for name in PARTS}
-        others = {name: p.detach() for name, p in self.module.named_parameters() if name not in leaves}
-        self._again = True
-        try:
-            sums: list[Tensor] = []
-            for call in held:
-                with torch.enable_grad(), full_precision(call.extra[0].device):
-                    output = torch.func.functional_call(self.module, {**leaves, **others}, call.extra)
-                    grads = torch.autograd.grad(output, list(leaves.values()), call.g)
-                sums = list(grads) if not sums else [a + b for a, b in zip(sums, grads, strict=True)]
-                call.clear()
-        finally:
-            self._again = False
+        leaves = {f"experts.{name}": getattr(self.module, name).detach().requires_grad_() for name in PARTS}
+        others = {f"experts.{name}": p.detach() for name, p in self.module.named_parameters() if name not in PARTS}
+        bare = _Bare(self.module)
+        sums: list[Tensor] = []
+        for call in held:
+            with torch.enable_grad(), full_precision(call.extra[0].device):
+                output = torch.func.functional_call(bare, {**leaves, **others}, call.extra)
+                grads = torch.autograd.grad(output, list(leaves.values()), call.g)
+            sums = list(grads) if not sums else [a + b for a, b in zip(sums, grads, strict=True)]
+            call.clear()
         for place, grad in enumerate(sums):
             squares = row_squares_grad(grad)
             self.rows[2 + place] += squares

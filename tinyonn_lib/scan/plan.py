@@ -14,7 +14,7 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.scan.bank import Bank
 from tinyonn_lib.scan.fused import PARTS, Experts
 from tinyonn_lib.scan.statistics import METHODS, Layout, Totals
-from tinyonn_lib.scan.targets import Found
+from tinyonn_lib.scan.targets import Found, fused
 from tinyonn_lib.scan.watch import Watch
 from tinyonn_lib.scan.weight import Sinks, Weight
 
@@ -54,6 +54,11 @@ class Plan:
         for each in self.watched:
             yield from each.modules.items()
 
+    def replaced(self) -> str:
+        """Name of a module whose weight is no longer the one that was found, "" if there is none."""
+        owners = ((name, module, each) for each in self.watched for name, module in each.modules.items())
+        return next((name for name, module, each in owners if each.parameter is not own_weight(module)), "")
+
     def tokens(self) -> list[list[int | Tensor]]:
         """Per target the tokens of the sample in progress, in parts."""
         return [each[-1].tokens for each in self._of]  # of an FFN those of down: that is where neurons are read
@@ -62,6 +67,11 @@ class Plan:
         """Per target how the norms of the sample in progress were taken, uint8 numbers into `METHODS`."""
         used = [{each.method for each in several} for several in self._of]
         return np.array([METHODS.index(next(iter(m)) if len(m) == 1 else "mixed") for m in used], dtype=np.uint8)
+
+    def good(self) -> Tensor:
+        """0-dim bool: whether all gradients of the sample in progress are finite."""
+        home = self.banks[0].device
+        return ~torch.stack([bank.overflown().to(home, non_blocking=True) for bank in self.banks]).any()
 
     def last_norms(self) -> Tensor:
         """(targets, 2): norms of inputs and gradients of the sample closed last."""
@@ -102,8 +112,6 @@ class Plan:
 
     def load(self, totals: Totals) -> None:
         """The other way round: sums and norms into the banks."""
-        for bank in self.banks:
-            bank.trust()
         for row, (target, place) in enumerate(zip(self._layout.targets, self._places, strict=True)):
             if target.rows:
                 place.bank.kinds[target.kind].total[:, place.columns] = torch.from_numpy(totals.sums[row])
@@ -173,15 +181,18 @@ def _owners(found: Found) -> list[tuple[str, nn.Module]]:
     return owners if found.ffn is not None else owners[:1]
 
 
+def own_weight(module: Any) -> Any:
+    """The parameter that stands for a module: its weight, or the first of fused experts."""
+    return getattr(module, PARTS[0]) if fused(module) else module.weight
+
+
 def _key(owner: tuple[str, Any]) -> int:
-    return id(getattr(owner[1], "weight", None) if hasattr(owner[1], "weight") else owner[1])
+    return id(own_weight(owner[1]))
 
 
 def _device(found: Found) -> torch.device:
     name, module = _owners(found)[0]
-    weight = getattr(module, "weight", None)
-    parameter = weight if isinstance(weight, Tensor) else getattr(module, PARTS[0], None)
-    device = parameter.device if isinstance(parameter, Tensor) else torch.device("cpu")
+    device: torch.device = own_weight(module).device
     if device.type == "meta":
         raise BenchError(
             f"{name} is offloaded (its weights are on no device): load the model without offload to scan it"

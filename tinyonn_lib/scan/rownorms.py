@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyonn_lib.errors import BenchError
 
-METHODS = ("gram", "tiles", "grad")
 # A tile of G^T X holds at most this many fp32 values (32 MiB): big enough for full matmul speed, and it stays
 # out of the way of the model's own memory.
 TILE_VALUES = 8 * 1024 * 1024
@@ -119,6 +119,8 @@ def embedding_squares(ids: Tensor, g: Tensor, rows: int, head: tuple[Tensor, Ten
         (rows,) in fp32 or fp64. Asks the device nothing: there are T slots for token ids, however many occur.
     """
     g = _wide(g)
+    if not len(ids):
+        return g.new_zeros(rows) if head is None else head[2]
     ids, order = ids.sort()
     slot = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).long()]).cumsum(0)
     scattered = torch.zeros_like(g).index_add_(0, slot, g[order])
@@ -136,17 +138,19 @@ def embedding_squares(ids: Tensor, g: Tensor, rows: int, head: tuple[Tensor, Ten
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32 or bf16 inside fp32 products, whatever the caller has allowed for his own."""
-    allowed = torch.get_float32_matmul_precision()
     kind = device.type
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if kind == "cuda" else backends.mkldnn.matmul
+    allowed = backend.fp32_precision
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        if allowed == "highest":
+        if allowed in ("ieee", "none"):
             yield
             return
-        torch.set_float32_matmul_precision("highest")
+        backend.fp32_precision = "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(allowed)
+            backend.fp32_precision = allowed
 
 
 def row_norms(x: Tensor, g: Tensor, method: str = "auto") -> Tensor:
@@ -173,15 +177,6 @@ def row_norms(x: Tensor, g: Tensor, method: str = "auto") -> Tensor:
     if method == "tiles":
         return row_squares_tiles(x, g).sqrt_()
     raise BenchError(f"method={method!r} for row norms: choose auto, gram or tiles")
-
-
-def column_norms(a: Tensor, g: Tensor, method: str = "auto") -> Tensor:
-    """Norm of each *column* of dL/dW for y = a W^T (a neuron is a column of down): c_j^2 = a_j^T (G G^T) a_j.
-
-    The same computation as `row_norms` with the roles of input and output gradient exchanged.
-    a: (..., d_in), g: (..., d_out). Returns (d_in,).
-    """
-    return row_norms(g, a, method)
 
 
 def _squares(w: Tensor, dim: int) -> Tensor:

@@ -24,6 +24,8 @@ from tinyonn_lib.scan.store import ShardLost, Store
 # Progress is told at most this often, the other workers' is looked up at most that often.
 _TELL_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
+# A worker that finds nothing to do looks again after so long.
+_WAIT_SECONDS = 0.3
 Progress = Callable[[int, int, str], None]
 
 
@@ -94,6 +96,8 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 @dataclass
 class _Worker:
+    """One process at work on a scan."""
+
     model: nn.Module
     observer: Observer
     samples: Sequence[Sequence[int]]
@@ -169,7 +173,7 @@ class _Board:
 
     def wait(self) -> None:
         """Sleep a little; the other workers have all that is left."""
-        time.sleep(min(_LOOK_SECONDS, 0.5))
+        time.sleep(_WAIT_SECONDS)
         if self._progress is not None:
             self._progress(self._done(), self._cut.samples, "waiting for the other workers")
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.models import FFN, ffns
@@ -43,7 +44,7 @@ class Found:
 
 
 def find(model: nn.Module, targets: str | Sequence[str], *, rows: bool) -> tuple[Found, ...]:
-    """Everything that `targets` names, in the order of the model.
+    """Everything that `targets` names: neurons first, then modules in the order of the model.
 
     Args:
         model: any module.
@@ -67,6 +68,11 @@ def find(model: nn.Module, targets: str | Sequence[str], *, rows: bool) -> tuple
         if not matching:
             raise BenchError(_no_match(word, modules))
         names |= matching
+    for name in sorted(names):
+        if is_parametrized(modules[name]):
+            raise BenchError(
+                f"{name} is parametrised (weight_norm or the like): it has no weight of its own to observe"
+            )
     return tuple(found + [_merged(owners, rows) for owners in _owners(modules) if names & owners.keys()])
 
 
@@ -101,6 +107,8 @@ def _owners(modules: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
     """Modules grouped by the weight that they own."""
     groups: dict[int, dict[str, nn.Module]] = {}
     for name, module in modules.items():
+        if is_parametrized(module):
+            continue
         weight = cast("Any", module).gate_up_proj if fused(module) else cast("Any", module).weight
         groups.setdefault(id(weight), {})[name] = module
     return list(groups.values())

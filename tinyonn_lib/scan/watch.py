@@ -23,8 +23,8 @@ class Watch:
         gradients: whether samples have a backward.
         method: `auto`, `grad`, `gram` or `tiles`.
         calls: forward/backward pairs that make one sample.
-        attention, labels: (batch, positions) of the forward in progress, or None.
         used: how often each method was used.
+        begun: whether a forward of the model has begun since the last sample closed.
     """
 
     enabled: bool = True
@@ -33,10 +33,13 @@ class Watch:
     gradients: bool = True
     method: str = "auto"
     calls: int = 1
-    attention: Tensor | None = None
-    labels: Tensor | None = None
     used: Counter[str] = field(default_factory=Counter)
-    _masks: dict[tuple[int, torch.device], tuple[Tensor | None, int | Tensor]] = field(default_factory=dict)
+    begun: bool = False
+    _batch: tuple[int, int] | None = None
+    _newest: bool = False
+    _attention: Tensor | None = None
+    _labels: Tensor | None = None
+    _masks: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor | None, int | Tensor]] = field(default_factory=dict)
     _input: Input | None = None
 
     @property
@@ -51,15 +54,26 @@ class Watch:
         if self.enabled and self.gradients and not output.requires_grad and torch.is_grad_enabled():
             output.requires_grad_(True)
 
-    def begin(self, attention: Tensor | None, labels: Tensor | None) -> None:
-        """A new forward of the model starts, with these masks."""
-        self.attention, self.labels = attention, labels
+    def begin(
+        self, batch: tuple[int, int] | None, attention: Tensor | None, labels: Tensor | None, *, newest: bool = False
+    ) -> None:
+        """A new forward of the model starts.
+
+        Args:
+            batch: its (texts, positions), None when it cannot be told.
+            attention, labels: (texts, >= positions): 0 and -100 mark tokens that do not count.
+            newest: the head is asked for the last positions only.
+        """
+        self.begun, self._batch, self._newest = True, batch, newest
+        self._attention, self._labels = attention, labels
         self._masks.clear()
         self._input = None
 
     def forget(self) -> None:
-        """Let go of the last input."""
-        self._input = None
+        """The sample is over: let go of its tensors."""
+        self.begun = False
+        self._attention = self._labels = self._input = None
+        self._masks.clear()
 
     def input(self, source: Tensor, dtype: torch.dtype) -> Input:
         """The input `source` for a product in `dtype`: the last one again if it is the very same tensor."""
@@ -67,33 +81,47 @@ class Watch:
             self._input = Input(source, dtype)
         return self._input
 
-    def mask(self, x: Tensor, name: str) -> tuple[Tensor | None, int | Tensor]:
-        """Which tokens of x (..., d) count, and how many: (bool (tokens,) or None for all, count)."""
-        return self.mask_of(x.shape[:-1].numel(), x.device, name)
+    def mask(self, shape: torch.Size, device: torch.device, name: str) -> tuple[Tensor | None, int | Tensor]:
+        """Which tokens count, and how many.
 
-    def mask_of(self, tokens: int, device: torch.device, name: str) -> tuple[Tensor | None, int | Tensor]:
-        """As `mask`, for a module that sees this many tokens."""
-        if self.attention is None and self.labels is None:
-            return None, tokens
-        key = (tokens, device)
+        Args:
+            shape: of the module's input without its features: (texts, positions) or (tokens,).
+            device: where the module is.
+            name: of the module, for messages.
+
+        Returns:
+            (bool (tokens,) or None when all count, their number).
+
+        Raises:
+            BenchError: the module ran outside the model's forward, or sees other positions than the model, so that
+                nobody knows which of them count.
+        """
+        if not self.begun:
+            raise BenchError(f"{name} ran outside the forward of the observed model: observe the module that you call")
+        if self._attention is None and self._labels is None:
+            return None, shape.numel()
+        key = (tuple(shape), device)
         if key not in self._masks:
-            self._masks[key] = self._build(tokens, device, name)
+            self._masks[key] = self._build(shape, device, name)
         return self._masks[key]
 
-    def _build(self, tokens: int, device: torch.device, name: str) -> tuple[Tensor | None, int | Tensor]:
+    def _build(self, shape: torch.Size, device: torch.device, name: str) -> tuple[Tensor | None, int | Tensor]:
+        masks = [(m, ignored) for m, ignored in ((self._attention, 0), (self._labels, -100)) if m is not None]
+        if device.type == "cpu" and all(bool((mask != ignored).all()) for mask, ignored in masks):
+            return None, shape.numel()  # only on the CPU: asking the device would stall the step
+        texts, positions = self._batch or tuple(masks[0][0].shape)
+        if self._newest and len(shape) == 2 and shape[0] == texts and shape[1] < positions:
+            positions = shape[1]  # the head, for the newest positions only
+        elif tuple(shape) not in ((texts, positions), (texts * positions,)):
+            raise BenchError(
+                f"{name} saw an input of {tuple(shape)} tokens, the model one of {(texts, positions)} with padding or "
+                "ignored labels: it does not see every position once and cannot be counted per token; leave it out of "
+                "the targets"
+            )
         keep: Tensor | None = None
-        for source, ignored in ((self.attention, 0), (self.labels, -100)):
-            if source is None:
-                continue
-            positions = tokens // source.shape[0]
-            if positions * source.shape[0] != tokens or positions > source.shape[1]:
-                raise BenchError(
-                    f"{name} saw {tokens} tokens, the model's mask is {tuple(source.shape)}: this module does not "
-                    "see every position once and cannot be counted per token; leave it out of the targets"
-                )
+        for mask, ignored in masks:
             # While generating with a cache the mask covers the past too: the newest positions are the last.
-            part = (source[:, source.shape[1] - positions :] != ignored).reshape(-1).to(device)
+            part = (mask[:, mask.shape[1] - positions :] != ignored).reshape(-1).to(device)
             keep = part if keep is None else keep & part
-        if keep is None or (device.type == "cpu" and bool(keep.all())):
-            return None, tokens  # only on the CPU: asking the device would stall the step
+        assert keep is not None
         return keep, keep.sum()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.scan.audit import own_forward
 from tinyonn_lib.scan.bank import forward_sums, saliency_sums
-from tinyonn_lib.scan.calls import Call, Input, first_input, flat, joined
+from tinyonn_lib.scan.calls import Call, Input, first_input, flat, joined, version
 from tinyonn_lib.scan.rownorms import (
     choose,
     column_squares_grad,
@@ -84,7 +85,8 @@ class Weight:
         handles: list[RemovableHandle] = []
         for name, module in self.modules.items():
             hook = self._embedding if isinstance(module, nn.Embedding) else self._linear
-            handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
+            # First of all: a hook of the user's that changes the output changes what its gradient belongs to.
+            handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=True))
         trainable = isinstance(self.parameter, nn.Parameter) and self.parameter.requires_grad
         self.read_grad = trainable and self.watch.gradients and self.watch.method in ("auto", "grad")
         if self.read_grad:
@@ -92,7 +94,8 @@ class Weight:
         return handles
 
     def reset(self) -> None:
-        """Forget the sample in progress (host side; the bank clears the scratch)."""
+        """Forget the sample in progress (host side; the bank clears the scratch). Its hooks fire no more."""
+        self.release()
         self.tokens: list[int | Tensor] = []
         self.fired: Counter[str] = Counter()
         self.arrived: Counter[str] = Counter()  # gradients of outputs, of the neurons, of the weight itself
@@ -134,7 +137,7 @@ class Weight:
         mask: Tensor | None = None
         recomputing = graph_task() != -1
         if not recomputing or self.sinks.neurons is not None:
-            mask, tokens = self.watch.mask(x, member)
+            mask, tokens = self.watch.mask(x.shape[:-1], x.device, member)
         if not recomputing:
             self._count(member, tokens)
             if self.sinks.act is not None and member == self.name:
@@ -149,7 +152,12 @@ class Weight:
         if call is None:
             return
         if self.sinks.neurons is not None:
-            call.h, call.mask = flat(x), mask
+            if recomputing and mask is not None and self.fired[member] - self.arrived["neurons"] > 1:
+                raise BenchError(
+                    f"{member}: two forwards with padding or ignored labels wait for one backward under reentrant "
+                    "checkpointing, and which mask belongs to which cannot be told; set use_reentrant=False"
+                )
+            call.h, call.mask, call.version = flat(x), mask, version(x)
             self._expect(call, "neurons", x)
         if not self._from_grad:
             call.input = read
@@ -163,21 +171,20 @@ class Weight:
         ids = first_input(args, kwargs)
         if ids is None:
             raise BenchError(f"{member} was called without token ids: it cannot be observed")
-        ids = ids.reshape(-1)
         recomputing = graph_task() != -1
         if not recomputing:
-            mask, tokens = self.watch.mask_of(ids.numel(), ids.device, member)
+            mask, tokens = self.watch.mask(ids.shape, ids.device, member)
             self._count(member, tokens)
             if self.sinks.act is not None:
                 self.sinks.act += tokens  # the input is one-hot
             if self.sinks.outputs is not None:
                 seen = self.sinks.outputs.new_ones(ids.numel()) if mask is None else mask.to(self.sinks.outputs)
-                self.sinks.outputs[0].index_add_(0, ids, seen)
+                self.sinks.outputs[0].index_add_(0, ids.reshape(-1), seen)
         call = self._open(member, output, recomputing)
         if call is not None and not self._from_grad:
-            call.ids = ids
+            call.ids, call.version = ids.reshape(-1), version(ids)
             padding = getattr(module, "padding_idx", None)
-            call.mask = None if padding is None else ids != padding  # autograd gives this row no gradient
+            call.mask = None if padding is None else call.ids != padding  # autograd gives this row no gradient
             self._expect(call, "outputs", output)
 
     def _count(self, member: str, tokens: int | Tensor) -> None:
@@ -195,7 +202,12 @@ class Weight:
             return None  # non-reentrant checkpointing: hooks on outputs of the first pass are the ones that fire
         if self._from_grad is None:
             # A gradient left from before would be added to; then only X and G know this sample's own.
-            self._from_grad = self.read_grad and self.parameter.grad is None
+            self._from_grad = self.read_grad and self.parameter.requires_grad and self.parameter.grad is None
+        if not self._from_grad and own_forward(self.modules[member]):
+            raise BenchError(
+                f"{member}: {type(self.modules[member]).__name__} has a forward of its own, so only a fresh .grad has "
+                "its norms: call zero_grad(set_to_none=True) before the forward, and leave method at auto"
+            )
         if self._from_grad and self.sinks.neurons is None:
             return None
         if not recomputing:
@@ -210,11 +222,13 @@ class Weight:
 
     def _arrived(self, call: Call, what: str, grad: Tensor) -> None:
         if not call.waiting:
-            return  # a second backward through a retained graph
+            self.arrived["neurons" if what == "neurons" else "outputs"] += 1  # a second backward: more than expected
+            return
         call.waiting -= 1
         if what == "outputs":
             call.g = flat(grad)
         elif call.h is not None and self.sinks.neurons is not None:
+            self._unchanged(version(call.h) != call.version)
             saliency_sums(call.h, flat(grad), call.mask, self.sinks.neurons[4])
             self.arrived["neurons"] += 1
             call.h = None
@@ -227,12 +241,21 @@ class Weight:
     def _take(self) -> None:
         """Squared norms of the gradient *summed* over the calls held (accumulation, tied modules)."""
         held, self._held = self._held, []
+        self._unchanged(any(c.input is not None and c.input.changed for c in held))
+        self._unchanged(any(c.ids is not None and version(c.ids) != c.version for c in held))
         with full_precision(self.sinks.total.device), torch.no_grad():
             rows, columns = self._squares(held)
         self._add(rows, columns)
         self.watch.used[self.method] += 1
         for call in held:
             call.clear()
+
+    def _unchanged(self, changed: bool) -> None:
+        if changed:
+            raise BenchError(
+                f"{self.name}: its input was changed in place between forward and backward, so the gradient of its "
+                "frozen weight cannot be told; leave it out of the targets, or make it trainable"
+            )
 
     def _squares(self, held: Sequence[Call]) -> tuple[Tensor | None, Tensor | None]:
         rows: Tensor | None = None
@@ -246,7 +269,9 @@ class Weight:
                 self.method = self._choose(g, x.x, 1)
                 columns = row_squares_gram(gram(g), g, x.x) if self.method == "gram" else row_squares_tiles(g, x.x)
             if self.sinks.rows or columns is None:
+                before = self.method if columns is not None else ""
                 rows = self._row_squares(x, g)
+                self.method = self.method if before in ("", self.method) else "mixed"
         if embedded:
             ids = torch.cat([call.ids for call in embedded if call.ids is not None])
             parts = [(call.g, call.mask) for call in embedded if call.g is not None]
