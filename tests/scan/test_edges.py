@@ -322,8 +322,8 @@ def test_evaluations_do_not_starve_the_budget() -> None:
             sampled = budget.begin()
             now += 0.010 + 0.004 * sampled + (20.0 if number % 200 == 150 else 0.0)
         shares.append((budget.observed - seen) / 1000)
-    assert min(shares[1:]) > 0.8 * 0.05 * 10 / 4
-    assert max(shares) < 1.2 * 0.05 * 10 / 4
+    assert min(shares[1:]) > 0.8 * 0.04 * 10 / 4
+    assert max(shares) < 1.2 * 0.04 * 10 / 4
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
