@@ -76,8 +76,8 @@ class Plan:
     slow: int = 0
 
 
-FULL = {128: Plan(41, 6, (40, 20), 15, 3), 512: Plan(15, 4, (24, 12), 5), 2048: Plan(5, 3, (12, 6))}
-HALF = {512: Plan(9, 2, (24, 12))}
+FULL = {128: Plan(15, 4, (30, 16), 5, 2), 512: Plan(7, 3, (16, 8), 2), 2048: Plan(3, 2, (8, 4))}
+HALF = {512: Plan(3, 2, (8, 4))}
 QUICK = {32: Plan(9, 2, (16, 8), 2, 1), 128: Plan(5, 2, (12, 6))}
 SMALL = Size(width=256, ffn=768, heads=4, kv_heads=2)
 
@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for row in measure(SMALL, QUICK, {}, device) if args.quick else measure(Size(), FULL, HALF, device):
-        print(f"{row['weights']}, T = {row['tokens']}: {row['variant']} {row.get('ratio', '-')}", file=sys.stderr)
+        found = f"{row['ratio']:.3f}, {row['observed']:.0%} observed" if "ratio" in row else row["collects"]
+        print(f"{row['weights']}, T = {row['tokens']}, {row['variant']}: {found}", file=sys.stderr)
         rows.append(row)
     return rows, bars(rows)
 

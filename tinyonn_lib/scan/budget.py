@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-# Steps whose times are remembered: enough for a median, few enough to follow a change of sequence length.
-_MEMORY = 32
+# Steps of each kind whose times are remembered: a mean of few, because a machine changes its speed, and what was plain a
+# while ago says nothing about now.
+_MEMORY = 8
 _WARM_UP = 2  # the first steps of all fill caches
 _PLAIN_FIRST = 5
 _ODD = 5.0  # times the median: not a step, but a pause
@@ -75,11 +76,17 @@ class Budget:
             odd = seconds > _ODD * median(times) if len(times) > 2 else seconds > 20.0 * plain
             usual = _mean(times) if len(times) > 2 else plain
             self._saved -= (usual if odd else seconds) - plain
+        # Nothing is hoarded: a slow spell among plain steps looks like a gain, and must not buy a hundred observed ones.
+        self._saved = min(self._saved, max(plain, self.cost))
 
     def _affordable(self) -> bool:
         if len(self._plain) < _PLAIN_FIRST or self.steps % _PLAIN_EVERY == 0:
             return False
-        return not self._watched or self._saved >= self.cost  # one has to be observed to know what it costs
+        if not self._watched:
+            return True  # one has to be observed to know what it costs
+        free = self.cost <= _MARGIN * self.share * _mean(self._plain)
+        # Unless it is free, a plain step between two observed ones keeps the comparison fresh.
+        return self._saved >= self.cost and (free or not self._sampled)
 
 
 def _mean(times: Sequence[float]) -> float:

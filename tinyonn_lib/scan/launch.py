@@ -62,7 +62,7 @@ def launch(
         job: what to do; the store and the number of workers are filled in.
         store: of the scan, such as one on a private server that this process holds.
         processes: how many workers.
-        progress: called about every second with (samples done, samples, text).
+        progress: called with (samples done, samples, text), about every second as long as more are done.
         log: gets every line that a worker prints.
 
     Returns:
@@ -90,7 +90,7 @@ def launch(
         )
         tail: deque[str] = deque(maxlen=200)
         try:
-            _watch(process, store, progress, log, tail)
+            _watch(process, _Board(store, progress), log, tail)
         finally:
             _end(process)
     if process.returncode:
@@ -124,13 +124,30 @@ def _environment(store: Store, processes: int, folder: str) -> dict[str, str]:
     }
 
 
-def _watch(
-    process: subprocess.Popen[str],
-    store: Store,
-    progress: Callable[[int, int, str], None] | None,
-    log: Callable[[str], None],
-    tail: deque[str],
-) -> None:
+class _Board:
+    """Tells how far the workers are together, as the store has it, whenever that has changed."""
+
+    def __init__(self, store: Store, progress: Callable[[int, int, str], None] | None) -> None:
+        self._store, self._progress = store, progress
+        self._done = 0
+        self.look("going on from the last commit")
+
+    def look(self, text: str = "") -> None:
+        """Ask the store. text: what to say instead of the number of workers."""
+        if self._progress is None:
+            return
+        with suppress(BenchError):  # the workers will tell if the server is gone for good
+            shards = self._store.shards(patience=0.0)
+            done = sum(shard.position - shard.samples.start for shard in shards)
+            if done != self._done:
+                self._done = done
+                working = sum(shard.holder is not None for shard in shards)
+                self._progress(
+                    done, sum(len(shard.samples) for shard in shards), text or (f"{working} workers" if working else "")
+                )
+
+
+def _watch(process: subprocess.Popen[str], board: _Board, log: Callable[[str], None], tail: deque[str]) -> None:
     """Until the launcher has ended: pass on what the workers print, and how far they are together."""
     lines: SimpleQueue[str | None] = SimpleQueue()
 
@@ -141,13 +158,12 @@ def _watch(
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    ended = told = False
+    ended = False
     while True:
         try:
             line = lines.get(timeout=_LOOK_SECONDS)
         except Empty:
-            if progress is not None:
-                told = _tell(store, progress, told)
+            board.look()
             continue
         if line is None:
             break
@@ -156,21 +172,7 @@ def _watch(
         if not ended and not _LAUNCHER.match(line) and not line.startswith("tinyonn: "):
             log(line)
     process.wait()
-    if progress is not None and not process.returncode:
-        _tell(store, progress, told)
-
-
-def _tell(store: Store, progress: Callable[[int, int, str], None], told: bool) -> bool:
-    """Report what is committed; True once there was something to report."""
-    with suppress(BenchError):  # the workers will tell if the server is gone for good
-        shards = store.shards(patience=0.0)
-        done = sum(shard.position - shard.samples.start for shard in shards)
-        if shards:
-            working = sum(shard.holder is not None for shard in shards)
-            text = f"{working} workers" if told or not done else "going on from the last commit"
-            progress(done, sum(len(shard.samples) for shard in shards), text)
-            return True
-    return told
+    board.look()
 
 
 def _end(process: subprocess.Popen[str]) -> None:
