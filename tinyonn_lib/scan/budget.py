@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-# Steps of each kind whose times are remembered: a mean of few, because a machine changes its speed, and what was plain a
-# while ago says nothing about now.
+# Steps of each kind whose times are remembered: few, because a machine changes its speed, and what was plain long ago
+# says nothing about now.
 _MEMORY = 8
 _WARM_UP = 2  # the first steps of all fill caches
 _PLAIN_FIRST = 5
@@ -76,7 +76,7 @@ class Budget:
             odd = seconds > _ODD * median(times) if len(times) > 2 else seconds > 20.0 * plain
             usual = _mean(times) if len(times) > 2 else plain
             self._saved -= (usual if odd else seconds) - plain
-        # Nothing is hoarded: a slow spell among plain steps looks like a gain, and must not buy a hundred observed ones.
+        # Nothing is hoarded: a slow spell among plain steps looks like a gain, and must not buy many observed ones.
         self._saved = min(self._saved, max(plain, self.cost))
 
     def _affordable(self) -> bool:
