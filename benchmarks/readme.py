@@ -35,7 +35,7 @@ def written(readme: str, table: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def main() -> int:

@@ -219,7 +219,10 @@ def test_each_gives_one_clear_line(
         ),
         "cut_model": bad("scan", f"model={broken}", f"texts={own}", says=(f"Cannot load the model {broken}", "again")),
         "nan": bad(
-            "scan", f"model={nan}", f"texts={own}", says=("model.layers.1.mlp: activations", "NaN or infinite in sample 0")
+            "scan",
+            f"model={nan}",
+            f"texts={own}",
+            says=("model.layers.1.mlp: activations", "NaN or infinite in sample 0"),
         ),
         "socket": bad("scan", says=(str(taken), "not a socket", "move it away")),
         "nobody": bad(
