@@ -12,6 +12,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from tinyonn_lib.experts.assemble import load_experts
+from tinyonn_lib.experts.methods import METHODS
 from tinyonn_lib.workbench.phases import PHASES, ROOT
 
 from . import tiny
@@ -61,10 +63,34 @@ def test_nothing_judged_was_scanned(home: Path) -> None:
 def test_experts_are_lossless_with_all_on(home: Path) -> None:
     assert metrics(home, "experts")["relative_error"] <= 1e-5
     table = pd.read_parquet(home / "runs/default/experts/delta_nll.parquet")
-    assert set(table["method"]) >= {"sp, oracle router", "random, oracle router", "flap_static", "flap_static + bias"}
-    assert set(table["active"]) == {0.25, 0.5, 0.75}
+    assert set(table["partition"]) == set(METHODS)
+    assert {"oracle", "ridge", "static + bias", "representative"} <= set(table["router"])
+    assert table.groupby(["text", "active"]).ngroups == 2 * 3
+    assert table.groupby("active")["share"].nunique().max() == 1  # all partitions with as many active neurons
+    assert (table["seeds"].where(table["partition"] == "random").dropna() == 2).all()
     assert (table["low"] <= table["mean"]).all()
     assert (table["mean"] <= table["high"]).all()
+
+
+def test_the_pool_has_the_documents_shape(home: Path) -> None:
+    pool = load_experts(home / "runs/default/experts/pool")
+    assert len(pool.experts) == 6
+    assert {expert.gate_proj.out_features for expert in pool.experts} == {8}
+    assert pool.partition.neurons == 128
+
+
+def test_gradient_projection_is_judged_next_to_its_controls(home: Path) -> None:
+    table = pd.read_parquet(home / "runs/default/experts/projection.parquet")
+    assert set(table["init"]) >= {"random", "gradient", "gradient_descent", "copy"}
+    assert set(table["moment"]) == {"before", "after"}
+
+
+def test_clusters_and_neurons_have_their_texts(home: Path) -> None:
+    neurons = pd.read_parquet(home / "runs/default/cluster/neuron_examples.parquet")
+    assert neurons.groupby(["layer", "neuron"]).ngroups == 128
+    clusters = pd.read_parquet(home / "runs/default/cluster/cluster_examples.parquet")
+    assert set(clusters["cluster"]) == {0, 1, 2}
+    assert set(clusters["kind"]) == {"token", "text"}
 
 
 def test_router_training_pays_and_survives_the_export(home: Path) -> None:

@@ -34,8 +34,9 @@ def overrides(texts: Path) -> list[str]:
         "head_dim=16 ffn=64 student_width=16 student_layers=1 student_ffn=32 tokens=24000 student_tokens=6000 "
         "batch=8 length=32 ngram_order=3",
         "scan": "tokens=1500 length=48 flush_seconds=0.2",
-        "cluster": "clusters=3 neighbours=8",
-        "experts": "experts=4 eval_tokens=1000 length=48 seeds=2",
+        "cluster": "clusters=3 neighbours=8 tokens=1500 length=48",
+        "experts": "experts=4 eval_tokens=1000 other_tokens=300 tokens=600 length=48 seeds=2 pool=6 pool_size=8 "
+        "project_steps=4",
         "router": "warm_tokens=4000 tokens=4000 batch=4 length=32 lr_warm=0.05 eval_tokens=1000",
     }
     found = [f"{phase}.{item}" for phase, items in values.items() for item in items.split()]

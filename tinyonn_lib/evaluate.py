@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tinyonn_lib.lm.threads import default_shards, threads
+
 MIN_GROUPS = 8
 """Source files below which a bootstrap interval would feign certainty."""
 
@@ -32,27 +34,38 @@ class Loss:
         return float(self.nats.sum() / self.tokens.sum())
 
 
-@torch.no_grad()
 def loss(model: Any, samples: Sequence[Sequence[int]], batch: int = 16) -> Loss:
     """Next-token loss of every sample of token ids; padding never counts.
 
-    Samples of similar length share a batch. Returned in the order given.
+    Samples of similar length share a batch; on a CPU the batches run in one thread per core. Returned in the order
+    given.
     """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
+    batches = [order[begin : begin + batch] for begin in range(0, len(order), batch)]
     device = next(model.parameters()).device
     nats = np.zeros(len(samples))
-    for begin in range(0, len(order), batch):
-        rows = order[begin : begin + batch]
-        lengths = torch.tensor([len(samples[i]) for i in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for row, i in enumerate(rows):
-            ids[row, : lengths[row]] = torch.tensor(samples[i])
-        real = torch.arange(ids.shape[1]) < lengths[:, None]
-        ids, real = ids.to(device), real.to(device)
-        logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1].float()
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        nats[rows] = (each.double() * real[:, 1:]).sum(1).cpu().numpy()
+
+    def measure(rows: list[int]) -> None:
+        nats[rows] = _nats(model, [samples[i] for i in rows], device)
+
+    with threads(min(default_shards(device), len(batches))) as each:
+        each(measure, batches)
     return Loss(nats, np.array([len(s) - 1 for s in samples], np.int64))
+
+
+@torch.no_grad()
+def _nats(model: Any, samples: Sequence[Sequence[int]], device: torch.device) -> NDArray[np.float64]:
+    lengths = torch.tensor([len(sample) for sample in samples])
+    ids = torch.zeros(len(samples), int(lengths.max()), dtype=torch.long)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample)] = torch.tensor(sample)
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    ids, real = ids.to(device), real.to(device)
+    logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1].float()
+    # Flat: with the classes on the last axis it takes half the time.
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    found: NDArray[np.float64] = (each.view(len(ids), -1).double() * real[:, 1:]).sum(1).cpu().numpy()
+    return found
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ ACCENT, INK, QUIET = "#0b6e6e", "#22313f", "#8a97a3"
 PALETTE = ("#0b6e6e", "#d1682e", "#5b5ea6", "#3b8f4c", "#b23a6f", "#7a6a53", "#2f7fbf", "#c2a11f")
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "Viridis"
-TABLE_ROWS = 50
+TABLE_ROWS = 80
 MAP_SAMPLE = 20_000
 
 _AXIS = {
@@ -228,14 +228,7 @@ def activation_gradient(neurons: pd.DataFrame) -> go.Figure:
     picked = stratified(points, MAP_SAMPLE)
     figure = go.Figure()
     if len(points) > len(picked):
-        figure.add_histogram2d(
-            x=np.log10(points["act"]),
-            y=np.log10(points["grad"]),
-            nbinsx=80,
-            nbinsy=80,
-            colorscale="Greys",
-            showscale=False,
-        )
+        _density(figure, np.log10(points["act"]), np.log10(points["grad"]), 80)
     for layer, rows in picked.groupby("layer"):
         figure.add_scattergl(
             x=np.log10(rows["act"]),
@@ -255,6 +248,19 @@ def activation_gradient(neurons: pd.DataFrame) -> go.Figure:
     return describe(figure, alt, points[["layer", "neuron", "act", "grad"]], thumbnail=True)
 
 
+def _density(figure: go.Figure, x: pd.Series, y: pd.Series, bins: int) -> None:
+    """A grey picture of how many points are where, counted here: the page need not carry the points."""
+    counts, xs, ys = np.histogram2d(x, y, bins=bins)
+    figure.add_heatmap(
+        z=np.log1p(counts.T).astype(np.float32),
+        x=(xs[:-1] + xs[1:]) / 2,
+        y=(ys[:-1] + ys[1:]) / 2,
+        colorscale="Greys",
+        showscale=False,
+        hoverinfo="skip",
+    )
+
+
 def stratified(table: pd.DataFrame, size: int, by: str = "layer", seed: int = 0) -> pd.DataFrame:
     """At most `size` rows, the same share of every group."""
     if len(table) <= size:
@@ -262,59 +268,109 @@ def stratified(table: pd.DataFrame, size: int, by: str = "layer", seed: int = 0)
     return table.groupby(by).sample(frac=size / len(table), random_state=seed)
 
 
-def neuron_map(points: pd.DataFrame) -> go.Figure:
-    """The neurons at `x, y`, coloured by S_p, cluster or layer (buttons switch); `layer, neuron, sp, cluster, x, y`.
+def neuron_map(points: pd.DataFrame, name: str = "UMAP", *, thumbnail: bool = True) -> go.Figure:
+    """The neurons at `x, y`, coloured by S_p, ΔSC, cluster or layer (buttons switch).
+
+    `points` has `layer, neuron, sp, cluster, x, y` and, if ΔSC is wanted, `delta_sc`.
 
     All points as a density picture underneath when there are more than 20,000, a stratified WebGL sample on top.
+
+    Args:
+        name: what made the map.
     """
     picked = stratified(points, MAP_SAMPLE)
-    span = float(np.abs(picked["sp"]).quantile(0.98)) or 1.0
-    colours: dict[str, dict[str, Any]] = {
-        "S_p": {"color": picked["sp"], "colorscale": DIVERGING, "cmin": -span, "cmax": span},
-        "cluster": {"color": picked["cluster"], "colorscale": _steps(int(picked["cluster"].max()) + 1)},
-        "layer": {"color": picked["layer"], "colorscale": _steps(int(picked["layer"].max()) + 1)},
-    }
+    colours: dict[str, dict[str, Any]] = {"S_p": _diverging(picked["sp"])}
+    if "delta_sc" in picked.columns:
+        colours["ΔSC"] = _diverging(picked["delta_sc"])
+    lowest = int(picked["cluster"].min())  # HDBSCAN's -1: noise
+    colours["cluster"] = {
+        "color": picked["cluster"], "cmin": lowest - 0.5, "cmax": picked["cluster"].max() + 0.5,
+        "colorscale": _steps(int(picked["cluster"].max()) + 1 - lowest),
+    }  # fmt: skip
+    colours["layer"] = {"color": picked["layer"], "colorscale": _steps(int(picked["layer"].max()) + 1)}
     figure = go.Figure()
-    if len(points) > len(picked):
-        figure.add_histogram2d(
-            x=points["x"], y=points["y"], nbinsx=120, nbinsy=120, colorscale="Greys", showscale=False
-        )
-    for name, marker in colours.items():
-        figure.add_scattergl(
-            x=picked["x"],
-            y=picked["y"],
-            mode="markers",
-            name=name,
-            visible=name == "S_p",
-            marker={"size": 5, "opacity": 0.85, "colorbar": {"title": {"text": name}}, **marker},
-            customdata=np.stack([picked["layer"], picked["neuron"], picked["cluster"], picked["sp"].round(3)], 1),
-            hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<br>cluster %{customdata[2]}, "
-            "S_p %{customdata[3]}<extra></extra>",
-        )
     under = len(points) > len(picked)
+    if under:
+        _density(figure, points["x"], points["y"], 160)
+    x, y = picked["x"].to_numpy(np.float32), picked["y"].to_numpy(np.float32)
+    facts = np.stack([picked["layer"], picked["neuron"], picked["cluster"]], 1).astype(np.int32)
+    for colour, marker in colours.items():
+        figure.add_scattergl(
+            x=x,
+            y=y,
+            mode="markers",
+            name=colour,
+            visible=colour == "S_p",
+            marker={"size": 5, "opacity": 0.85, "colorbar": {"title": {"text": colour}}, **marker},
+            customdata=facts,
+            hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<br>cluster %{customdata[2]}<br>"
+            + f"{colour} %{{marker.color:.3~g}}<extra></extra>",
+        )
     buttons = [
         {
-            "label": name,
+            "label": colour,
             "method": "restyle",
-            "args": [{"visible": [True] * under + [other == name for other in colours]}],
+            "args": [{"visible": [True] * under + [other == colour for other in colours]}],
         }
-        for name in colours
+        for colour in colours
     ]
     figure.update_layout(
-        title=f"Map of the neurons (n = {len(points):,}, {len(picked):,} drawn)",
+        title=f"{name} of the neurons (n = {len(points):,}, {len(picked):,} drawn)",
         height=560,
         showlegend=False,
         updatemenus=[
             {"type": "buttons", "direction": "right", "x": 1, "xanchor": "right", "y": 1.1, "buttons": buttons}
         ],
     )
-    figure.update_xaxes(showticklabels=False, title="UMAP 1")
-    figure.update_yaxes(showticklabels=False, title="UMAP 2")
+    figure.update_xaxes(showticklabels=False, title=f"{name} 1")
+    figure.update_yaxes(showticklabels=False, title=f"{name} 2")
     alt = (
-        f"UMAP map of {len(points):,} neurons by their features, coloured by S_p; buttons switch to the "
-        f"{points['cluster'].nunique()} clusters or the {points['layer'].nunique()} layers."
+        f"{name} map of {len(points):,} neurons by their features, coloured by S_p; buttons switch to "
+        f"{'ΔSC, ' if 'ΔSC' in colours else ''}the {points['cluster'].nunique()} clusters or the "
+        f"{points['layer'].nunique()} layers."
     )
-    return describe(figure, alt, points[["layer", "neuron", "sp", "cluster", "x", "y"]], thumbnail=True)
+    return describe(figure, alt, points[["layer", "neuron", "sp", "cluster", "x", "y"]], thumbnail=thumbnail)
+
+
+def _diverging(values: pd.Series) -> dict[str, Any]:
+    """Marker colours for values around 0; the extreme 2 % share the end colours."""
+    span = float(np.abs(values).quantile(0.98)) or 1.0
+    return {"color": values.astype(np.float32), "colorscale": DIVERGING, "cmin": -span, "cmax": span}
+
+
+def delta_sc_map(scores: pd.DataFrame, columns: int = 256) -> go.Figure:
+    """ΔSC of every neuron, one row per layer, neurons in their order; mean of neighbours where a layer has more.
+
+    Args:
+        scores: `layer, neuron, delta_sc`.
+        columns: most cells per layer.
+    """
+    widest = int(scores["neuron"].max()) + 1
+    step = -(-widest // columns)
+    grid = scores.assign(cell=scores["neuron"] // step).pivot_table(index="layer", columns="cell", values="delta_sc")
+    span = float(np.nanquantile(np.abs(grid.to_numpy()), 0.99)) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid.to_numpy(np.float32),
+            x=[int(cell) * step for cell in grid.columns],
+            y=[str(layer) for layer in grid.index],
+            colorscale=DIVERGING,
+            zmin=-span,
+            zmax=span,
+            colorbar={"title": {"text": "ΔSC"}},
+            hovertemplate="layer %{y}, neuron %{x}"
+            + ("" if step == 1 else f" to +{step - 1}")
+            + "<br>ΔSC %{z:.2f}<extra></extra>",
+        )
+    )
+    each = "every neuron" if step == 1 else f"mean of {step} neighbours"
+    figure.update_layout(title=f"ΔSC = z(activation) − z(gradient), {each}", height=max(260, 22 * len(grid) + 140))
+    figure.update_yaxes(autorange="reversed", type="category", title="layer")
+    figure.update_xaxes(title="neuron")
+    spread = scores.groupby("layer")["delta_sc"].quantile([0.05, 0.5, 0.95]).rename_axis(["layer", "quantile"])
+    low, high = scores["delta_sc"].min(), scores["delta_sc"].max()
+    alt = f"ΔSC of {len(scores):,} neurons in {len(grid)} layers, {low:.2f} to {high:.2f}."
+    return describe(figure, alt, spread.reset_index())
 
 
 def _steps(count: int) -> list[tuple[float, str]]:
@@ -368,23 +424,82 @@ def expert_usage(shares: NDArray[np.float64]) -> go.Figure:
     return _heat(table, title="Who is called: share of tokens", unit="share", alt=alt, scale=SEQUENTIAL, digits=".2f")
 
 
-def delta_nll(table: pd.DataFrame) -> go.Figure:
-    """ΔNLL by method with 95 % intervals, one panel per active share; `method, active, mean, low, high`."""
+def trial(table: pd.DataFrame, text: str, *, thumbnail: bool = True) -> go.Figure:
+    """ΔNLL of all partitions by the oracle router, the ridge router and their own, one panel per active share.
+
+    Args:
+        table: `experts.trial.Trial.table`.
+        text: which kind of text.
+    """
     from plotly.subplots import make_subplots
 
-    shares = sorted(table["active"].unique())
-    titles = [f"{share:.0%} of the FFN parameters active" for share in shares]
-    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
+    rows = table[table["text"] == text]
+    kind = rows["router"].where(rows["router"].isin(["oracle", "ridge"]), "its own")
+    shares = sorted(rows["active"].unique())
+    middle = rows[(kind == "oracle") & (rows["active"] == shares[len(shares) // 2])]
+    order = middle.sort_values("mean", ascending=False)["partition"].tolist()  # the best on top
+    titles = [f"{share:.0%} active" for share in shares]
+    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
+    looks = {"oracle": (QUIET, "circle-open"), "ridge": (ACCENT, "circle"), "its own": (PALETTE[1], "diamond")}
     for column, share in enumerate(shares, 1):
-        _add_interval_bars(figure, table[table["active"] == share], row=1, col=column)
-    title = "What is lost: ΔNLL in nats per token, 95 % intervals"
-    figure.update_layout(title=title, showlegend=False, margin={"t": 90}, height=360)
+        for name, (colour, symbol) in looks.items():
+            here = rows[(rows["active"] == share) & (kind == name)]
+            spans = {"array": here["high"] - here["mean"], "arrayminus": here["mean"] - here["low"], "thickness": 1}
+            figure.add_scatter(
+                x=here["mean"],
+                y=here["partition"].map(html.escape),
+                error_x=spans,
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 9},
+                name=f"{name} router",
+                legendgroup=name,
+                showlegend=column == 1,
+                customdata=here["router"],
+                hovertemplate="%{y}, %{customdata} router<br>ΔNLL %{x:.3f}<extra></extra>",
+                row=1,
+                col=column,
+            )
+        static = rows[(rows["active"] == share) & rows["method"].isin(["flap_static", "flap_static + bias"])]
+        pruned = static["mean"].min()
+        figure.add_vline(x=pruned, line={"color": PALETTE[1], "dash": "dot", "width": 1}, row=1, col=column)
+    figure.update_yaxes(categoryorder="array", categoryarray=order)
+    figure.update_xaxes(title="ΔNLL, nats per token", rangemode="tozero")
+    figure.update_layout(
+        title=f"What is lost on {html.escape(text)} text, 95 % intervals; dotted: FLAP's static pruning",
+        margin={"t": 90},
+        height=160 + 32 * len(order),
+    )
     figure.update_annotations(font_size=13)
-    best = table.loc[table.groupby("active")["mean"].idxmin()]
-    alt = "Loss over active share; least lost: " + ", ".join(
+    best = rows.loc[rows.groupby([rows["active"], kind == "oracle"])["mean"].idxmin()]
+    alt = f"ΔNLL on {text} text by partition and active share. Least lost: " + ", ".join(
         f"{row.method} at {row.active:.0%} ({row.mean:+.3f})" for row in best.itertuples()
     )
-    return describe(figure, alt + ".", table, thumbnail=True)
+    value = [f"{row.mean:+.4f} [{row.low:+.4f}, {row.high:+.4f}]" for row in rows.itertuples()]
+    share = [f"{row.share:.0%} active, k = {row.k:g}" for row in rows.itertuples()]
+    wide = rows.assign(value=value, share=share).pivot_table(
+        index=["partition", "router", "seeds", "files"], columns="share", values="value", aggfunc="first", sort=False
+    )
+    return describe(figure, html.escape(alt) + ".", wide.reset_index(), thumbnail=thumbnail)
+
+
+def projection(table: pd.DataFrame) -> go.Figure:
+    """ΔNLL of the small model before and after alignment, one bar per init; `experts.projection.compare`."""
+    from plotly.subplots import make_subplots
+
+    rows = table[~table["init"].str.startswith("large")]
+    moments = ("before", "after")
+    titles = [f"{moment} alignment" for moment in moments]
+    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
+    for column, moment in enumerate(moments, 1):
+        here = rows[rows["moment"] == moment].rename(columns={"init": "method", "delta_nll": "mean"})
+        _add_interval_bars(figure, here, row=1, col=column)
+    figure.update_layout(title="Small model minus large: ΔNLL, 95 % intervals", showlegend=False, margin={"t": 90})
+    figure.update_annotations(font_size=13)
+    after = rows[rows["moment"] == "after"]
+    alt = "ΔNLL of the small model after alignment, by init: " + ", ".join(
+        f"{row.init} {row.delta_nll:+.3f}" for row in after.itertuples()
+    )
+    return describe(figure, alt + ".", table.round(4))
 
 
 def intervals(table: pd.DataFrame) -> go.Figure:
@@ -405,7 +520,7 @@ def _add_interval_bars(figure: go.Figure, table: pd.DataFrame, **place: int) -> 
         x=rows["mean"],
         y=names,
         orientation="h",
-        marker_color=[ACCENT if "router" in method else QUIET for method in rows["method"]],
+        marker_color=[ACCENT if "router" in name or "gradient" in name else QUIET for name in rows["method"]],
         error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "thickness": 1},
         **place,
     )
@@ -456,7 +571,87 @@ def bits_per_byte(bits: Mapping[str, float]) -> go.Figure:
 def expert_means(partition: pd.DataFrame, scores: pd.DataFrame) -> go.Figure:
     """Mean S_p of every expert, one row per layer; `layer, expert, neuron` and `layer, neuron, sp`."""
     joined = partition.merge(scores[["layer", "neuron", "sp"]], on=["layer", "neuron"])
-    table = joined.groupby(["layer", "expert"])["sp"].mean().unstack()
+    table = joined.groupby(["layer", "expert"])["sp"].mean().unstack().rename(columns={-1: "shared", -2: "dropped"})
     span = float(np.abs(table.to_numpy()).max()) or 1.0
-    alt = f"Mean S_p of {table.shape[1]} experts in each of {table.shape[0]} layers, within ±{span:.2f}."
+    experts = partition.loc[partition["expert"] >= 0, "expert"].nunique()
+    alt = f"Mean S_p of {experts} experts in each of {table.shape[0]} layers, within ±{span:.2f}."
     return _heat(table, title="Mean S_p of each expert", unit="S_p", alt=alt, scale=DIVERGING, span=span, digits=".1f")
+
+
+def explorer_map(points: pd.DataFrame, scores: Mapping[str, NDArray[np.float64]], best: pd.DataFrame) -> go.Figure:
+    """The neurons at `x, y` coloured by S_p, with a button for each named set of weights.
+
+    Args:
+        points: `layer, neuron, cluster, x, y`, numbered from 0.
+        scores: Name of a set of weights → S_p of every neuron; the first is shown.
+        best: The figure's table, such as the best neurons and what they fire on.
+    """
+    picked = stratified(points, MAP_SAMPLE)
+    colours = {name: score_colours(values[picked.index]) for name, values in scores.items()}
+    figure = go.Figure()
+    if len(points) > len(picked):  # all of them, faintly, under the sample; counted here to keep the figure small
+        density, x, y = np.histogram2d(points["x"], points["y"], bins=120)
+        figure.add_heatmap(
+            x=(x[1:] + x[:-1]) / 2,
+            y=(y[1:] + y[:-1]) / 2,
+            z=np.where(density > 0, density, np.nan).T.astype(np.float32),
+            colorscale="Greys",
+            showscale=False,
+            hoverinfo="skip",
+        )
+    figure.add_scattergl(
+        x=picked["x"].to_numpy(np.float32),
+        y=picked["y"].to_numpy(np.float32),
+        mode="markers",
+        marker={
+            "size": 5 if len(picked) < MAP_SAMPLE / 2 else 3,
+            "opacity": 0.85,
+            "colorscale": DIVERGING,
+            "colorbar": {"title": {"text": "S_p"}},
+            **next(iter(colours.values())),
+        },
+        customdata=picked[["layer", "neuron", "cluster"]].to_numpy(np.int32),
+        hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<br>cluster %{customdata[2]}, "
+        "S_p %{marker.color:.2f}<extra></extra>",
+    )
+    # A button may not hold packed arrays; two digits are enough for a colour.
+    buttons = [
+        {
+            "label": html.escape(name),
+            "method": "restyle",
+            "args": [
+                {
+                    "marker.color": [np.round(each["color"].astype(float), 2).tolist()],
+                    "marker.cmin": each["cmin"],
+                    "marker.cmax": each["cmax"],
+                },
+                [len(figure.data) - 1],
+            ],
+        }
+        for name, each in colours.items()
+    ]
+    menu = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.1, "buttons": buttons}
+    figure.update_layout(
+        title=f"S_p of the neurons (n = {len(points):,}, {len(picked):,} drawn)",
+        height=560,
+        showlegend=False,
+        updatemenus=[menu] if len(buttons) > 1 else [],
+    )
+    figure.update_xaxes(showticklabels=False, title="UMAP 1")
+    figure.update_yaxes(showticklabels=False, title="UMAP 2")
+    named = ", ".join(scores)
+    alt = f"Map of {len(points):,} neurons coloured by S_p; buttons switch between sets of weights: {named}."
+    return describe(figure, html.escape(alt), best)
+
+
+def score_colours(values: NDArray[np.float64]) -> dict[str, Any]:
+    """The marker's `color, cmin, cmax` for scores around 0: the scale is symmetric, its ends the 98 % quantile."""
+    span = float(np.quantile(np.abs(values), 0.98)) or 1.0
+    return {"color": values.astype(np.float32), "cmin": -span, "cmax": span}
+
+
+def palette(count: int) -> list[str]:
+    """The diverging colour scale in `count` steps, for a map that plotly does not draw."""
+    from plotly.colors import sample_colorscale
+
+    return list(sample_colorscale(DIVERGING, [i / (count - 1) for i in range(count)]))

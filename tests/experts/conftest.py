@@ -1,17 +1,20 @@
-"""A tiny dense model with weights large enough that every neuron matters."""
+"""A tiny dense model with weights large enough that every neuron matters, scanned in memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from tinyonn_lib.experts.score import FEATURES
+from tinyonn_lib.experts import evidence, score
+from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.lm import models
+from tinyonn_lib.scan.observer import Observer
+from tinyonn_lib.scan.scan import frozen_eval, next_token_loss
+from tinyonn_lib.scan.tables import neurons_table
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,16 @@ class Tiny:
     model: Any
     ffns: list[models.FFN]
     ids: torch.Tensor
-    scores: pd.DataFrame
     neurons: pd.DataFrame
+    scores: pd.DataFrame
+    evidence: evidence.Evidence
+
+    def part(self, method: str = "random", experts: int = 4, seed: int = 0, **shape: Any) -> Partition:
+        """A partition by name."""
+        from tinyonn_lib.experts import methods
+
+        shapes = methods.shapes(self.evidence, experts, **shape)
+        return methods.divide(self.evidence, [method], shapes, [seed])[method][0].partition
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +45,13 @@ def tiny() -> Tiny:
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.2)
     model.eval().requires_grad_(False)
-    rng = np.random.default_rng(0)
-    index = [(layer, neuron) for layer in range(2) for neuron in range(32)]
-    scores = pd.DataFrame(index, columns=["layer", "neuron"])
-    scores[["sp", *FEATURES]] = rng.normal(size=(64, 1 + len(FEATURES)))
-    neurons = scores[["layer", "neuron"]].assign(act_mean=rng.normal(size=64))
-    neurons["act_sq"] = neurons["act_mean"] ** 2 + rng.uniform(0.1, 1, 64)
-    return Tiny(model, models.ffns(model), torch.randint(0, 300, (3, 17)), scores, neurons)
+    ffns = models.ffns(model)
+    ids = torch.randint(0, 300, (6, 17))
+    with frozen_eval(model), Observer(model, "neurons") as watching:
+        for row in ids:
+            next_token_loss(model, row[None]).backward()
+            watching.end_sample()
+    neurons = neurons_table(watching.totals())
+    scores = score.score_table(neurons.merge(evidence.weight_norms(ffns), on=["layer", "neuron"]))
+    tokens = evidence.collect(model, ffns, ids.tolist())
+    return Tiny(model, ffns, ids[:3], neurons, scores, evidence.Evidence(ffns, neurons, scores, tokens))

@@ -1,44 +1,19 @@
-"""Balanced assignment keeps its promise of size and comes close to the optimum."""
+"""Clusters by every method, and measures that tell structure from none."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 
+from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts import cluster
 
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 10**6), st.booleans())
-def test_every_column_gets_its_capacity(columns: int, capacity: int, seed: int, ties: bool) -> None:
-    cost = np.random.default_rng(seed).random((columns * capacity, columns))
-    labels = cluster.assign_balanced(np.round(cost, 1) if ties else cost, capacity)
-    assert np.bincount(labels, minlength=columns).tolist() == [capacity] * columns
+TRUTH = np.repeat(np.arange(3), [60, 40, 20])
 
 
-def test_assignment_is_close_to_optimal() -> None:
-    rng = np.random.default_rng(0)
-    points, centres = rng.normal(size=(120, 3)), rng.normal(size=(6, 3))
-    cost = ((points[:, None] - centres) ** 2).sum(-1)
-    greedy = cost[np.arange(120), cluster.assign_balanced(cost, 20)].sum()
-    rows, columns = linear_sum_assignment(np.repeat(cost, 20, axis=1))
-    assert greedy <= 1.1 * np.repeat(cost, 20, axis=1)[rows, columns].sum()
-
-
-def test_balanced_kmeans_finds_equal_blobs() -> None:
-    rng = np.random.default_rng(0)
-    truth = np.repeat(np.arange(4), 25)
-    points = rng.normal(size=(100, 2)) * 0.1 + np.array([[0, 0], [3, 0], [0, 3], [3, 3]])[truth]
-    labels = cluster.balanced_kmeans(points, 4, seed=0)
-    assert len({tuple(pair) for pair in zip(truth, labels, strict=True)}) == 4
-
-
-def test_balanced_kmeans_refuses_what_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="7 points"):
-        cluster.balanced_kmeans(np.zeros((7, 2)), 2, seed=0)
+@pytest.fixture
+def blobs() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(120, 3)) * 0.2 + np.array([[0, 0, 0], [5, 0, 5], [0, 5, 5]])[TRUTH]
 
 
 def test_kmeans_numbers_clusters_by_size() -> None:
@@ -46,9 +21,81 @@ def test_kmeans_numbers_clusters_by_size() -> None:
     assert np.bincount(cluster.kmeans(points, 3, seed=0)).tolist() == [20, 10, 5]
 
 
-def test_map_is_reproducible_and_keeps_blobs_apart() -> None:
+@pytest.mark.parametrize("method", ["kmeans", "hdbscan"])
+def test_sampled_centres_label_every_point(method: str, blobs: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "KMEANS_SAMPLE", 60)
+    monkeypatch.setattr(cluster, "HDBSCAN_SAMPLE", 60)
+    found = cluster.find(method, blobs, 3, seed=1)
+    np.testing.assert_array_equal(found, TRUTH)
+    np.testing.assert_array_equal(found, cluster.find(method, blobs, 3, seed=1))
+
+
+def test_hdbscan_leaves_what_is_in_no_group_as_noise(blobs: np.ndarray) -> None:
+    far = np.array([[40.0, 40, 40], [-40, 30, 0], [0, -50, 20]])
+    found = cluster.hdbscan(np.concatenate([blobs, far]), least=10, seed=0)
+    np.testing.assert_array_equal(found, np.append(TRUTH, [cluster.NOISE] * 3))
+
+
+def test_hdbscan_on_too_few_points() -> None:
+    assert cluster.find("hdbscan", np.zeros((4, 2)), 2, seed=0).tolist() == [cluster.NOISE] * 4
+
+
+@pytest.mark.parametrize("method", cluster.METHODS)
+@pytest.mark.parametrize("points", [np.ones((30, 3)), np.c_[np.arange(30.0), np.ones(30)]], ids=["equal", "constant"])
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_degenerate_points_get_labels(method: str, points: np.ndarray) -> None:
+    labels = cluster.find(method, points, 3, seed=0)
+    assert labels.shape == (30,)
+    assert labels.dtype == np.int64
+    assert set(labels) <= {-1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("method", cluster.METHODS)
+def test_a_point_that_is_not_finite(method: str) -> None:
+    points = np.ones((30, 3))
+    points[4, 1] = np.nan
+    with pytest.raises(BenchError, match="1 of 30 points are not finite"):
+        cluster.find(method, points, 3, seed=0)
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(BenchError, match="no cluster method 'magic'; known: kmeans, hdbscan, balanced"):
+        cluster.find("magic", np.ones((4, 1)), 2, seed=0)
+
+
+def test_silhouette_by_hand_and_without_noise() -> None:
+    points = np.array([[0.0], [1.0], [10.0], [11.0], [500.0]])
+    labels = np.array([0, 0, 1, 1, cluster.NOISE])
+    outer, inner = 1 - 1 / 10.5, 1 - 1 / 9.5  # 1 − own / nearest other mean distance
+    assert cluster.silhouette(points, labels, seed=0) == pytest.approx((outer + inner) / 2)
+    assert np.isnan(cluster.silhouette(points, np.zeros(5, np.int64), seed=0))
+    assert np.isnan(cluster.silhouette(points, np.full(5, cluster.NOISE), seed=0))
+
+
+def test_stability_is_the_mean_over_pairs() -> None:
+    answers = {0: np.array([0, 0, 1, 1]), 1: np.array([1, 1, 0, 0]), 2: np.array([0, 1, 0, 1])}
+    # ARI by hand: 1 for the same partition by other names, −0.5 for the crossed one.
+    found = cluster.stability(np.zeros((4, 1)), lambda points, seed: answers[seed], (0, 1, 2))
+    assert found == pytest.approx((1 - 0.5 - 0.5) / 3)
+
+
+@pytest.mark.parametrize("method", cluster.METHODS)
+def test_quality_tells_islands_from_a_cloud(method: str) -> None:
     rng = np.random.default_rng(0)
-    points = np.concatenate([rng.normal(size=(40, 4)), rng.normal(size=(40, 4)) + 20])
-    first, second = (cluster.umap_map(points, seed=3, neighbours=8).to_numpy() for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-    assert cluster.silhouette(first, np.repeat([0, 1], 40), seed=0) > 0.6
+    # Along a line, so that columns shuffled by themselves fill the space between.
+    islands = rng.normal(size=(240, 4)) * 0.1 + np.repeat(np.arange(3.0), 80)[:, None]
+    halves = (islands, islands + rng.normal(size=islands.shape) * 0.05)
+    table = cluster.quality(islands, halves, 3, seed=0, method=method)
+    value = table.set_index("measure")["value"]
+    assert list(table) == ["measure", "value", "meaning"]
+    assert value["clusters"] == 3
+    assert value["noise"] < 0.05
+    assert value["silhouette"] > 0.8
+    assert value["agreement, seeds"] > 0.95
+    assert value["agreement, halves"] > 0.95
+    # The control may have fewer than two dense groups, and then no silhouette.
+    assert not value["silhouette, shuffled"] > 0.5
+
+
+def test_quality_without_halves(blobs: np.ndarray) -> None:
+    assert "agreement, halves" not in set(cluster.quality(blobs, None, 3, seed=0)["measure"])

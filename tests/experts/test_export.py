@@ -1,20 +1,33 @@
-"""The exported checkpoint is a standard one and equals the dense model."""
+"""The exported checkpoint is whole or absent, says where it comes from, and equals the dense model."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import export, partition, routing
-from tinyonn_lib.lm import models, tokenizer
+from tinyonn_lib.experts import export
+from tinyonn_lib.experts.checkpoint import cut
+from tinyonn_lib.lm import tokenizer
 
-from .conftest import Tiny
+from .dense import dense, divide
+
+IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -22,66 +35,227 @@ def tok() -> PreTrainedTokenizerFast:
     return tokenizer.train_bpe(["some words to learn from", "and some more words"], 300)
 
 
-def test_stranger_loads_it_and_gets_the_dense_logits(tiny: Tiny, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    part = partition.partition("sp", tiny.scores, 4)
-    folder = export.export(tiny.model, tok, tiny.ffns, part, tmp_path / "moe", card={"partition": "sp"})
-    proof = export.verify(folder, tiny.model, tiny.ids)
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return dense("qwen3", vocab_size=300, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tok: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model as someone might publish it."""
+    path = tmp_path_factory.mktemp("hub") / "Some-Model"
+    model.save_pretrained(path)
+    tok.chat_template = "{{ messages }}"
+    tok.save_pretrained(path)
+    GenerationConfig(temperature=0.5, do_sample=True).save_pretrained(path)
+    (path / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: LICENSE\ntags: [a]\n---\n# Some model\n")
+    (path / "LICENSE").write_text("do as you like")
+    (path / "modeling_evil.py").write_text("raise SystemExit")
+    return path
+
+
+def test_stranger_loads_it_and_gets_the_dense_logits(model: Any, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = export.export(model, divide(), tmp_path / "moe", tokenizer=tok, card={"partition": "sp"})
+    half = export.export(model, divide(), tmp_path / "half", k=2)
+    proof, caught = export.verify_all([(path, model, IDS), (half, model, IDS)])
+    assert caught["relative_error"] > 1e-3
     assert proof["class"] == "Qwen3MoeForCausalLM"
     assert proof["missing"] == proof["unexpected"] == []
     assert proof["relative_error"] <= 1e-5
-    assert isinstance(proof["generated"], str)
-    config = json.loads((folder / "config.json").read_text())
-    assert "auto_map" not in config
-    assert "| partition | sp |" in (folder / "README.md").read_text()
-    with safe_open(folder / "model.safetensors", "pt") as weights:
+    assert proof["generated"] == tok.decode(proof["tokens"])
+    assert "auto_map" not in json.loads((path / "config.json").read_text())
+    with safe_open(path / "model.safetensors", "pt") as weights:
         assert weights.metadata() == {"format": "pt"}  # a second entry would make the file's hash random
         assert "lm_head.weight" not in set(weights.keys())  # tied
 
 
-def test_routers_and_k_travel_and_k_stays_adjustable(tiny: Tiny, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    part = partition.partition("random", tiny.scores, 4)
-    routers = [torch.randn(4, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    folder = export.export(tiny.model, tok, tiny.ffns, part, tmp_path / "moe", k=2, routers=routers)
-    for k, arguments in ((2, {}), (3, {"num_experts_per_tok": 3})):
-        moe = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
-        with torch.no_grad(), routing.scaled(tiny.ffns, routing.linear_router(routers, part, k)):
-            expected = tiny.model(tiny.ids).logits
-        with torch.no_grad():
-            found = moe(tiny.ids).logits
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+def test_a_folder_brings_its_tokenizer_licence_and_template(folder: Path, tmp_path: Path) -> None:
+    path = export.export(folder, divide(shared=8), tmp_path / "moe")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+        assert (path / name).read_bytes() == (folder / name).read_bytes()
+    assert (path / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not list(path.glob("*.py"))
+    text = (path / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "apache-2.0"
+    assert front["license_link"] == "LICENSE"
+    assert "base_model" not in front  # a folder's name is no hub id
+    assert "| base model | Some-Model (qwen3) |" in text
+    assert str(folder.parent) not in text
 
 
-def test_a_wrong_checkpoint_is_caught(tiny: Tiny, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    part = partition.partition("sp", tiny.scores, 4)
-    half = export.export(tiny.model, tok, tiny.ffns, part, tmp_path / "half", k=2)
-    assert export.verify(half, tiny.model, tiny.ids)["relative_error"] > 1e-3
+def test_the_card_tells_what_was_done(tmp_path: Path) -> None:
+    part = divide(counts=(3, 6), sizes=(20, 9), dropped=2)
+    card = {"ΔNLL, nats per token": "+0.1", "<b>x</b>|y\nz": "<script>"}
+    text = (export.export(dense("llama"), part, tmp_path / "moe", k=2, card=card) / "README.md").read_text()
+    for line in (
+        "| partition | random |",
+        "| experts per layer | 3 to 6 |",
+        "| neurons per expert | 9 to 20 |",
+        "| shared neurons per layer | 2 to 8 |",
+        "| dropped neurons, all layers | 4 |",
+        "| padding (zeros), all layers | 102 neurons in experts, 3 whole experts, 38 shared neurons |",
+        "| ΔNLL, nats per token | +0.1 |",
+        "| &lt;b&gt;x&lt;/b&gt;&#124;y z | &lt;script&gt; |",
+        "num_experts_per_tok=1",
+        "equals the base model less its dropped neurons",
+        "2·sigmoid(router logit)",
+    ):
+        assert line in text
 
 
-def test_model_without_a_target_family(tiny: Tiny) -> None:
-    dense = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
-    with pytest.raises(BenchError, match="No standard MoE checkpoint continues a 'gpt2' model"):
-        export.target_config(dense.config, partition.partition("sp", tiny.scores, 4), 4)
-
-
-def test_partition_of_another_model(tiny: Tiny, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    part = partition.partition("sp", tiny.scores, 4)
-    wide = models.new_model(vocab_size=300, width=32, layers=2, ffn=48, head_dim=16)
-    with pytest.raises(BenchError, match="each of layer 0's 48 neurons exactly once"):
-        export.export(wide, tok, models.ffns(wide), part, tmp_path / "a")
-    deep = models.new_model(vocab_size=300, width=32, layers=3, ffn=32, head_dim=16)
-    with pytest.raises(BenchError, match="2 layers and the model 3"):
-        export.export(deep, tok, models.ffns(deep), part, tmp_path / "b")
-
-
-def test_experts_that_the_grouped_kernels_cannot_hold(tiny: Tiny) -> None:
-    with pytest.raises(BenchError, match="experts of 4 neurons.*multiple of 8"):
-        export.target_config(tiny.model.config, partition.partition("sp", tiny.scores, 8), 8)
-
-
-def test_packed_weights_are_refused(
-    tiny: Tiny, tok: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "path", "expected"),
+    [
+        ("Qwen/Qwen3-4B", None, ("Qwen/Qwen3-4B", "")),
+        ("/home/anna/secret/run7", None, ("run7", "")),
+        ("", "models--Qwen--Qwen3-4B/snapshots/" + "a1" * 20, ("Qwen/Qwen3-4B", "a1" * 20)),
+    ],
+)
+def test_lineage_names_the_model_and_never_a_path(
+    name: str, path: str | None, expected: tuple[str, str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tiny.model, "is_quantized", True, raising=False)
-    with pytest.raises(BenchError, match="Cannot export a 4-bit model: load it with dtype=bfloat16"):
-        export.export(tiny.model, tok, tiny.ffns, partition.partition("sp", tiny.scores, 4), tmp_path / "moe")
+    from dataclasses import replace
+
+    from tinyonn_lib.experts import card, weights
+
+    model = dense("qwen3")
+    model.config._name_or_path = name
+    found = weights.open_weights(model)
+    if path is not None:
+        (tmp_path / path).mkdir(parents=True)
+        found = replace(found, folder=tmp_path / path)
+    assert card.lineage(found) == expected
+
+
+def test_the_card_warns_where_bfloat16_rounds(tmp_path: Path) -> None:
+    model = dense("qwen2").to(torch.bfloat16)
+    for experts, warns in ((6, True), (8, False)):
+        part = divide(counts=(experts, experts), sizes=(8, 8))
+        text = (export.export(model, part, tmp_path / "moe") / "README.md").read_text()
+        assert (f"bfloat16 rounds it: {experts} is no power of two" in text) == warns
+        assert "| weights of the base model | bfloat16 |" in text
+
+
+def test_shards_are_standard_and_equal_the_single_file(folder: Path, tmp_path: Path) -> None:
+    single, many = (export.export(folder, divide(), tmp_path / str(n), shard_bytes=n) for n in (10**9, 70_000))
+    names = sorted(file.name for file in many.glob("model*"))
+    count = len(names) - 1
+    shards = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    assert names == [*shards, "model.safetensors.index.json"]
+    assert count > 2
+    index = json.loads((many / "model.safetensors.index.json").read_text())
+    whole = load_file(single / "model.safetensors")
+    held = {key: load_file(many / file)[key] for key, file in index["weight_map"].items()}
+    assert held.keys() == whole.keys()
+    assert all(torch.equal(held[key], whole[key]) for key in whole)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    for name in shards:
+        assert sum(tensor.nbytes for tensor in load_file(many / name).values()) <= 70_000
+    assert AutoModelForCausalLM.from_pretrained(many)(IDS).logits.shape == (2, 17, 300)
+
+
+def test_two_exports_are_the_same_bytes(folder: Path, model: Any, tmp_path: Path) -> None:
+    first, second, third = (
+        export.export(s, divide(), tmp_path / n) for s, n in ((folder, "a"), (folder, "b"), (model, "c"))
+    )
+    data = (first / "model.safetensors").read_bytes()
+    assert data == (second / "model.safetensors").read_bytes() == (third / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_that_does_not_load_is_told(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BenchError, match="does not load with plain transformers"):
+        export.verify(tmp_path, model, IDS)
+
+
+@contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    """Writing past `size` bytes fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_nothing_and_an_earlier_result_untouched(model: Any, tmp_path: Path) -> None:
+    with files_at_most(50_000), pytest.raises(BenchError, match="Cannot write .*moe: .*Nothing was left") as caught:
+        export.export(model, divide(), tmp_path / "moe")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    path = export.export(model, divide(), tmp_path / "moe")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with files_at_most(50_000), pytest.raises(BenchError, match="Cannot write"):
+        export.export(model, divide(counts=(8, 8)), tmp_path / "moe")
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+_SLOW = """
+import sys, time
+from pathlib import Path
+from tests.experts.dense import divide
+from tinyonn_lib.experts import checkpoint, export
+flush = checkpoint.Shards._flush
+def slow(self):
+    flush(self)
+    print("shard", flush=True)
+    time.sleep(60)
+checkpoint.Shards._flush = slow
+export.export(sys.argv[1], divide(), Path(sys.argv[2]), shard_bytes=30_000)
+"""
+
+
+def test_a_kill_leaves_no_half_checkpoint_and_the_next_export_clears_up(folder: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _SLOW, str(folder), str(tmp_path / "moe")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "shard\n"
+        os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "moe").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".moe.partial"]
+    export.export(folder, divide(), tmp_path / "moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_folders_of_others_are_left_alone(folder: Path, model: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BenchError, match="exists and is no earlier result .*choose another"):
+        export.export(model, divide(), tmp_path)
+    with pytest.raises(BenchError, match="is the dense model itself"):
+        export.export(folder, divide(), folder)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (folder / "LICENSE").exists()
+
+
+def test_what_does_not_belong_together(model: Any, tmp_path: Path) -> None:
+    routers = [torch.zeros(4, 32)] * 2
+    for changes, message in (
+        ({"partition": divide(neurons=48)}, "each of layer 0's 64 neurons exactly once"),
+        ({"partition": divide(3, counts=(4, 4, 4))}, "3 layers and the model 2"),
+        ({"k": 0}, "k=0 active experts: choose 1 to 4"),
+        ({"k": 5}, "k=5 active experts"),
+        ({"routers": routers[:1]}, "2 routers with 4 to 4 rows of 32 are needed"),
+        ({"routers": [torch.zeros(5, 32)] * 2}, "2 routers with 4 to 4 rows"),
+    ):
+        options: dict[str, Any] = {"partition": divide(), **changes}
+        with pytest.raises(BenchError, match=message):
+            export.export(model, options.pop("partition"), tmp_path / "moe", **options)
+    with pytest.raises(BenchError, match="No such file or folder"):
+        export.export(tmp_path / "nowhere.safetensors", divide(), tmp_path / "moe")
+    assert not list(tmp_path.iterdir())
+
+
+def test_cut_takes_rows_or_columns_and_pads_with_zeros() -> None:
+    matrix, index = torch.arange(12.0).view(4, 3), torch.tensor([[3, 0], [1, 2]])
+    rows = cut(matrix, index, 0, experts=3, size=3)
+    assert torch.equal(rows[:2, :2], matrix[index])
+    assert rows.shape == (3, 3, 3)
+    assert rows[2].count_nonzero() == rows[:, 2].count_nonzero() == 0
+    columns = cut(matrix.T.contiguous(), index, 1, experts=3, size=3)
+    assert torch.equal(columns, rows.mT)

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from tinyonn_lib import evaluate
-from tinyonn_lib.experts import judge, partition, routing
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.experts import judge, methods, routing, trial
 
 from .conftest import Tiny
 
 
-@pytest.fixture
+def samples(seed: int) -> pd.DataFrame:
+    ids = torch.randint(0, 300, (20, 12), generator=torch.Generator().manual_seed(seed)).tolist()
+    return pd.DataFrame({"ids": ids, "source": [f"file{i % 10}" for i in range(20)]})
+
+
+@pytest.fixture(scope="module")
 def court(tiny: Tiny) -> judge.Judge:
-    ids = torch.randint(0, 300, (20, 12), generator=torch.Generator().manual_seed(7)).tolist()
-    held = pd.DataFrame({"ids": ids, "source": [f"file{i % 10}" for i in range(20)]})
-    return judge.Judge(tiny.model, tiny.ffns, held, tiny.neurons)
+    return judge.Judge(tiny.model, tiny.ffns, samples(7), tiny.neurons)
 
 
-@pytest.mark.parametrize(("wanted", "realised"), [(0.3, 0.25), (0.33, 0.25), (0.05, 0.25), (0.6, 0.5), (0.9, 1.0)])
-def test_pruning_gets_the_share_that_the_experts_really_have(
-    tiny: Tiny, court: judge.Judge, wanted: float, realised: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[float] = []
-    monkeypatch.setattr(court, "static", lambda share: asked.append(share) or {})
-    parts = {"random": [partition.partition("random", tiny.scores, 4)]}
-    assert list(judge.under_oracle(court, parts, [wanted])) == [realised] == asked
-
-
-def test_shares_that_come_to_the_same_are_measured_once(tiny: Tiny, court: judge.Judge) -> None:
-    parts = {"random": [partition.partition("random", tiny.scores, 4, seed) for seed in (0, 1)]}
-    found = judge.under_oracle(court, parts, [0.25, 0.26, 1.0])
-    assert list(found) == [0.25, 1.0]
-    assert len(found[0.25]["random, oracle router"]) == 2
-
-
-def test_with_everything_on_nothing_is_lost(tiny: Tiny, court: judge.Judge) -> None:
-    parts = {"random": [partition.partition("random", tiny.scores, 4)]}
-    table = court.table(judge.under_oracle(court, parts, [1.0])[1.0], 1.0)
-    assert set(table["method"]) == {"random, oracle router", "flap_static", "flap_static + bias"}
-    assert table["mean"].abs().max() < 1e-5
-    assert (table["files"] == 10).all()
+@pytest.fixture(scope="module")
+def held(tiny: Tiny, court: judge.Judge) -> trial.Trial:
+    divided = methods.divide(tiny.evidence, ["sp", "random", "flap_static"], methods.shapes(tiny.evidence, 4), (0, 1))
+    other = judge.Judge(tiny.model, tiny.ffns, samples(8), tiny.neurons)
+    return trial.trial({"held-out": court, "code": other}, divided, [0.5, 1.0, 0.5])
 
 
 def test_row_is_the_mean_difference_to_the_dense_model(tiny: Tiny, court: judge.Judge) -> None:
@@ -56,3 +43,64 @@ def test_the_better_static_control_is_the_one_to_beat(court: judge.Judge) -> Non
     losses = court.static(0.5)
     best = court.best_static(losses)
     assert losses[best][0].mean == min(losses[name][0].mean for name in losses)
+
+
+def test_flap_is_variance_times_squared_column_norm(tiny: Tiny, court: judge.Judge) -> None:
+    for layer, rows in tiny.neurons.groupby("layer"):
+        weight = tiny.ffns[int(layer)].down.weight.double().numpy()
+        expected = [
+            (r.act_sq - r.act_mean**2) * np.linalg.norm(weight[:, int(r.neuron)]) ** 2 for r in rows.itertuples()
+        ]
+        np.testing.assert_allclose(court.flap[int(layer)], expected, rtol=1e-6)
+
+
+def test_static_pruning_and_a_partition_by_rank_are_the_same(tiny: Tiny, court: judge.Judge) -> None:
+    """FLAP's best half of the neurons, kept by mask or as the first two of four experts."""
+    divided = methods.divide(tiny.evidence, ["flap_static"], methods.shapes(tiny.evidence, 4))["flap_static"][0]
+    by_rank = court.loss(routing.chosen(divided.partition, divided.scores["static"], 2))
+    np.testing.assert_allclose(by_rank.nats, court.static(0.5)["flap_static"][0].nats, rtol=1e-6)
+
+
+def test_statistics_of_another_model_cannot_judge(tiny: Tiny) -> None:
+    with pytest.raises(BenchError, match="belong to another model"):
+        judge.Judge(tiny.model, tiny.ffns, samples(7), tiny.neurons[tiny.neurons["neuron"] < 10])
+
+
+def test_table_has_every_cell_once(held: trial.Trial) -> None:
+    table = held.table()
+    cells = {("sp", "oracle"), ("sp", "ridge"), ("random", "oracle"), ("random", "ridge"), ("random", "gate_mean"),
+             ("flap_static", "oracle"), ("flap_static", "ridge"), ("flap_static", "static"),
+             ("flap_static", "static + bias")}  # fmt: skip
+    for _, rows in table.groupby(["text", "active"]):
+        assert sorted(zip(rows["partition"], rows["router"], strict=True)) == sorted(cells)
+    assert len(table) == 2 * 2 * len(cells)
+    seeds = table.groupby("partition")["seeds"].unique()
+    assert [list(seeds[name]) for name in ("sp", "random", "flap_static")] == [[2], [2], [1]]
+    assert table.groupby("active")["k"].unique().map(list).to_dict() == {0.5: [2.0], 1.0: [4.0]}
+
+
+def test_with_everything_on_nothing_is_lost(held: trial.Trial) -> None:
+    table = held.table()
+    assert table.loc[table["active"] == 1.0, "mean"].abs().max() < 1e-5
+    assert table.loc[table["active"] == 0.5, "mean"].abs().min() > 1e-5
+
+
+def test_the_winner_is_the_lowest_of_its_kind(held: trial.Trial) -> None:
+    table = held.table()
+    for oracle in (True, False):
+        rows = table[(table["text"] == "code") & (table["active"] == 0.5) & ((table["router"] == "oracle") == oracle)]
+        assert held.best("code", 0.5, oracle=oracle) == rows.loc[rows["mean"].idxmin(), "method"]
+
+
+def test_the_verdict_names_the_winner_whoever_it_is(held: trial.Trial) -> None:
+    found = held.verdict("random")
+    table = held.table().set_index(["text", "active", "method"])["mean"]
+    for (text, active), row in zip(held.losses, found.to_dict("records"), strict=True):
+        assert (row["text"], row["active"]) == (text, f"{active:.0%}")
+        best, oracle = (held.best(text, active, oracle=how) for how in (False, True))
+        assert row["best that can be built"] == f"{best} {table[text, active, best]:+.3f}"
+        assert row["best by oracle"] == f"{oracle.removesuffix(', oracle router')} {table[text, active, oracle]:+.3f}"
+        pruning = row["pruning"].rpartition(" ")[0]
+        gap = table[text, active, "random, ridge router"] - table[text, active, pruning]
+        assert row["against pruning"].startswith(f"{gap:+.3f} [")
+    assert "Of 4 cells" in held.counts("random")

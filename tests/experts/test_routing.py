@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,7 +14,7 @@ from .conftest import Tiny
 
 @pytest.fixture
 def part(tiny: Tiny) -> partition.Partition:
-    return partition.partition("random", tiny.scores, 4)
+    return tiny.part()
 
 
 def ffn_inputs(tiny: Tiny) -> torch.Tensor:
@@ -116,6 +117,44 @@ def test_training_moves_routers_alone_and_lowers_the_loss(tiny: Tiny, part: part
     assert all(torch.equal(before[name], value) for name, value in tiny.model.state_dict().items())
     # What was trained is what the exported router computes: the last loss is found again (one step apart).
     with torch.no_grad(), routing.scaled(tiny.ffns, routing.linear_router(routers, part, 2)):
+        logits = tiny.model(ids).logits
+    again = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(again) == pytest.approx(main["loss"].iloc[-1], rel=0.01)
+
+
+def test_shared_neurons_are_always_on_and_dropped_ones_never(tiny: Tiny) -> None:
+    labels = np.array([0, 1, partition.SHARED, partition.DROPPED] * 8)
+    part = partition.Partition.of("any", [labels, labels], [2, 2])
+    x, ffn = ffn_inputs(tiny), tiny.ffns[0]
+    h = F.silu(ffn.gate(x)) * ffn.up(x)
+    weight = torch.randn(2, 32, generator=torch.Generator().manual_seed(4))
+    on = (x @ weight.T).argmax(1)
+    mask = torch.stack([(on == 0).float(), (on == 1).float(), torch.ones(11), torch.zeros(11)], 1).repeat(1, 8)
+    found = run_layer(tiny, routing.chosen(part, [lambda x: x @ weight.T] * 2, k=1)[0], x)
+    torch.testing.assert_close(found, ffn.down(h * mask), atol=1e-6, rtol=1e-5)
+
+
+def test_sigmoid_gates_are_twice_the_sigmoid(tiny: Tiny) -> None:
+    part, x, ffn = tiny.part(shared=0.25), ffn_inputs(tiny), tiny.ffns[0]
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(6))
+    logits = x @ weight.T
+    gates = 2 * torch.sigmoid(logits) * routing.top_mask(logits, 3)
+    factor = torch.ones(11, 32)
+    for e, neurons in enumerate(part.experts[0]):
+        factor[:, neurons] = gates[:, [e]]
+    found = run_layer(tiny, routing.linear_router([weight] * 2, part, 3, "sigmoid")[0], x)
+    torch.testing.assert_close(found, ffn.down(F.silu(ffn.gate(x)) * ffn.up(x) * factor), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gates", routing.GATES)
+def test_training_with_shared_neurons(tiny: Tiny, gates: str) -> None:
+    part = tiny.part("sp", shared=0.25)
+    ids = torch.randint(0, 300, (24, 17), generator=torch.Generator().manual_seed(5))
+    routers = router.fresh(part, 32, seed=1)
+    common = {"k": 2, "steps": 30, "lr": 0.03, "warmup_steps": 2, "gates": gates}
+    main = router.train(tiny.model, tiny.ffns, part, routers, lambda s: ids, **common)
+    assert main["loss"].iloc[-1] < main["loss"].iloc[0]
+    with torch.no_grad(), routing.scaled(tiny.ffns, routing.linear_router(routers, part, 2, gates)):
         logits = tiny.model(ids).logits
     again = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert float(again) == pytest.approx(main["loss"].iloc[-1], rel=0.01)

@@ -51,3 +51,28 @@ def test_broken_statistics_are_refused(neurons: pd.DataFrame, value: float) -> N
     neurons.loc[12, "grad"] = value
     with pytest.raises(BenchError, match="1 neurons are not finite, first layer 1 neuron 2"):
         score.feature_table(neurons)
+
+
+def test_presets_are_their_definitions(neurons: pd.DataFrame) -> None:
+    found = score.presets(neurons)
+    act, grad, freq = (neurons[name].to_numpy() for name in ("act", "grad", "freq"))
+    halves = [slice(0, 10), slice(10, 20)]
+    ancestor = np.concatenate([z(act[rows]) - z(grad[rows]) for rows in halves])
+    np.testing.assert_allclose(found["ancestor"], ancestor, atol=1e-12)
+    np.testing.assert_allclose(found["document"], z(act) - z(grad) + z(freq), atol=1e-12)
+    flipped = np.concatenate([z(np.log(act[r])) + z(np.log(grad[r])) + z(freq[r]) for r in halves])
+    np.testing.assert_allclose(found["minus_gradient"], flipped, atol=1e-12)
+
+
+def test_score_table_has_the_signs_side_by_side(neurons: pd.DataFrame) -> None:
+    found = score.score_table(neurons, w_act=2.0, w_grad=0.5, w_freq=1.0)
+    assert "z_weight" not in found  # no weights were given
+    np.testing.assert_allclose(found["sp_minus_gradient"] - found["sp"], found["z_grad"], atol=1e-12)
+    np.testing.assert_allclose(found["sp_no_gradient"] - found["sp"], 0.5 * found["z_grad"], atol=1e-12)
+    weighed = score.score_table(neurons.assign(weight=neurons["act"]))
+    np.testing.assert_allclose(weighed["z_weight"], weighed["z_act"])
+
+
+def test_delta_sc_is_activation_minus_gradient(neurons: pd.DataFrame) -> None:
+    features = score.feature_table(neurons)
+    np.testing.assert_allclose(score.delta_sc(features), features["z_act"] - features["z_grad"])

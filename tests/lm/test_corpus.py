@@ -99,3 +99,14 @@ def test_split_needs_sources() -> None:
         corpus.split(pd.DataFrame({"text": ["a", "b"], "source": ["1", "1"]}), 0)
     with pytest.raises(BenchError, match="missing: source"):
         corpus.split(pd.DataFrame({"text": ["a", "b"]}), 0)
+
+
+def test_code_is_without_docstrings_and_comments() -> None:
+    texts = corpus.python_code("json", files=3)
+    assert len(texts) == 3
+    assert texts["source"].is_unique
+    decoder = corpus.python_code("json", files=99).set_index("source").loc["json/decoder.py", "text"]
+    assert "def raw_decode(" in decoder
+    assert "Implementation of JSONDecoder" not in decoder  # its docstring
+    assert "#" not in decoder
+    assert corpus.docstrings(decoder) == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket as sockets
 from pathlib import Path
 
+import numpy as np
 import pytest
 import redis
 from scan_totals import CUT, LAYOUT, TARGETS, bits, totals
@@ -184,3 +185,20 @@ def test_nonsense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="scan id"):
         Store("redis://host", "a b")
     assert safe_url("redis://u:p@host:1/2?password=p") == "redis://host:1/2"
+
+
+def test_halves_add_up_to_the_whole(store: Store) -> None:
+    store.begin(LAYOUT, {}, CUT)
+    for shard in range(3):
+        store.claims.take(shard)
+        store.commit(shard, totals(shard + 1), CUT.range(shard).stop)
+    first, second = store.halves()
+    assert bits(first) == bits(totals(1))
+    assert bits(second) == bits(merge([totals(2), totals(3)]))
+    for half_sums, sums in zip(merge([first, second]).sums, store.totals().sums, strict=True):
+        np.testing.assert_allclose(half_sums, sums, rtol=1e-12)
+
+
+def test_one_shard_has_no_halves(store: Store) -> None:
+    store.begin(LAYOUT, {}, Cut(10, "x", 1))
+    assert store.halves() == []

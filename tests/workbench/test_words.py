@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+
 import numpy as np
+import pandas as pd
 
 from tinyonn_lib.workbench import words
 
@@ -17,3 +20,10 @@ def test_facts_have_separators_and_are_escaped() -> None:
 def test_quotations_are_escaped_and_keep_their_lines() -> None:
     quoted = words.quotations({"<b>Say": "<b>Say <img src=x>\nmore"})
     assert quoted == "<blockquote><b>&lt;b&gt;Say</b> &lt;img src=x&gt;<br>more</blockquote>"
+
+
+def test_tables_show_markup_of_data_sets_as_text() -> None:
+    table = words.table(pd.DataFrame({"text": ["`a` *b* _c_ $x$ [d](e) | <i>"]}))
+    row = table.splitlines()[-1]
+    assert not set("`*_$[]<>") & set(row)
+    assert html.unescape(row) == "| `a` *b* _c_ $x$ [d](e) | <i> |"

@@ -1,117 +1,163 @@
-"""Clusters of neurons and their map: k-means, its balanced variant, and UMAP for the eye."""
+"""Clusters of neurons, by a method with a name, and what they are worth.
+
+A method is one function `(points, clusters, seed) → labels` and one line in `METHODS`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-Points = NDArray[np.float64]
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.experts.balanced import balanced_kmeans, check
+
+Points = NDArray[np.floating]
+Labels = NDArray[np.int64]
+
+KMEANS_SAMPLE = 50_000
+HDBSCAN_SAMPLE = 10_000
+SILHOUETTE_SAMPLE = 3_000
+NOISE = -1
 
 
-def kmeans(points: Points, clusters: int, seed: int) -> NDArray[np.int64]:
-    """Cluster of each point, `(n, d) → (n,)`; clusters are numbered by size, largest first."""
+def kmeans(points: Points, clusters: int, seed: int) -> Labels:
+    """Cluster of each point, `(n, d) → (n,)`; clusters are numbered by size, largest first.
+
+    The centres come from at most `KMEANS_SAMPLE` points drawn at random, the best of four starts.
+
+    Raises:
+        BenchError: More clusters than points, or a point that is not finite.
+    """
     from sklearn.cluster import KMeans
 
-    labels = KMeans(clusters, n_init=4, random_state=seed).fit_predict(points)
-    order = np.argsort(-np.bincount(labels, minlength=clusters), kind="stable")
-    return np.argsort(order)[labels].astype(np.int64)
+    check(points, clusters)
+    drawn = _sample(len(points), max(KMEANS_SAMPLE, clusters), seed)
+    return _by_size(KMeans(clusters, n_init=4, random_state=seed).fit(points[drawn]).predict(points))
 
 
-def balanced_kmeans(points: Points, clusters: int, seed: int, rounds: int = 10) -> NDArray[np.int64]:
-    """Clusters of equal size, `(n, d) → (n,)`; n must be a multiple of `clusters`.
+def hdbscan(points: Points, least: int, seed: int) -> Labels:
+    """Dense groups of at least `least` points, `(n, d) → (n,)`, numbered by size; −1 is noise, in no group.
 
-    Lloyd iterations with `assign_balanced` for the assignment step: fractions of a second where an exact assignment
-    takes many (PEERS: 17 to 38 s for 7,000 points in 100 clusters).
+    Campello et al. 2013 (PAKDD). Its time grows with n²: of more than `HDBSCAN_SAMPLE` points it sees a random sample,
+    with `least` scaled down alike but not below 5, and every other point takes the label of the sampled point nearest
+    to it, noise included. Only then does the seed matter.
+
+    Raises:
+        BenchError: A point is not finite.
     """
-    from sklearn.cluster import kmeans_plusplus
+    from scipy.spatial import KDTree
+    from sklearn.cluster import HDBSCAN
 
-    capacity, rest = divmod(len(points), clusters)
-    if rest:
-        raise ValueError(f"{len(points)} points do not divide into {clusters} equal clusters")
-    centres, _ = kmeans_plusplus(points, clusters, random_state=seed)
-    best, best_cost = np.zeros(len(points), np.int64), np.inf
-    for _ in range(rounds):
-        distance = ((points**2).sum(1)[:, None] - 2 * points @ centres.T + (centres**2).sum(1)).clip(min=0)
-        labels = assign_balanced(distance, capacity)
-        cost = float(distance[np.arange(len(points)), labels].sum())
-        if cost >= best_cost * (1 - 1e-9):
-            break
-        best, best_cost = labels, cost
-        centres = np.stack([points[labels == c].mean(0) for c in range(clusters)])
-    return best
+    n = check(points)
+    drawn = _sample(n, HDBSCAN_SAMPLE, seed)
+    size = max(5, round(least * len(drawn) / n))
+    if len(drawn) < 2 * size:
+        return np.full(n, NOISE)  # not enough for two groups
+    found = HDBSCAN(min_cluster_size=size, copy=False).fit_predict(np.array(points[drawn], dtype=np.float64))
+    if len(drawn) < n:
+        found = found[KDTree(points[drawn]).query(points, workers=-1)[1]]
+    return _by_size(found)
 
 
-def assign_balanced(cost: Points, capacity: int) -> NDArray[np.int64]:
-    """Give each row a column, exactly `capacity` rows a column, `(n, k) → (n,)`, at little more than least cost.
+def dense_groups(points: Points, clusters: int, seed: int) -> Labels:
+    """`hdbscan` where a number of clusters is given. It finds its own number: `clusters` only sets the least size of a
+    group, a quarter of the n / clusters points that equal clusters would have, and at least 10."""
+    return hdbscan(points, max(10, len(points) // (4 * clusters)), seed)
 
-    First a price per column at which demand meets capacity, by entropic transport (Cuturi 2013, arXiv:1306.0895);
-    then, at these prices, rounds of bids: every free row bids for its cheapest open column, and a column keeps the
-    bids with the largest regret (second-cheapest minus cheapest). Ends after at most k rounds.
+
+METHODS: dict[str, Callable[[Points, int, int], Labels]] = {
+    "kmeans": kmeans,
+    "hdbscan": dense_groups,
+    "balanced": balanced_kmeans,
+}
+"""Name → function from points, number of clusters and seed to a label per point."""
+
+
+def find(method: str, points: Points, clusters: int, seed: int) -> Labels:
+    """Labels by a method of this name.
+
+    Raises:
+        BenchError: There is none.
     """
-    n, k = cost.shape
-    cost = cost + _prices(cost, capacity)
-    labels = np.full(n, -1, np.int64)
-    room = np.full(k, capacity)
-    free = np.arange(n)
-    while len(free):
-        open_columns = np.flatnonzero(room)
-        bids = cost[np.ix_(free, open_columns)]
-        choice = bids.argmin(1)
-        if len(open_columns) > 1:
-            two = np.partition(bids, 1, axis=1)
-            regret = two[:, 1] - two[:, 0]
-        else:
-            regret = np.zeros(len(free))
-        order = np.lexsort((free, -regret, choice))
-        rank = np.arange(len(free)) - np.searchsorted(choice[order], choice[order])
-        taken = order[rank < room[open_columns[choice[order]]]]
-        labels[free[taken]] = open_columns[choice[taken]]
-        room -= np.bincount(labels[free[taken]], minlength=k)
-        free = free[labels[free] < 0]
-    return labels
+    if method not in METHODS:
+        raise BenchError(f"There is no cluster method '{method}'; known: {', '.join(METHODS)}.")
+    return METHODS[method](points, clusters, seed)
 
 
-def _prices(cost: Points, capacity: int, sharpness: float = 0.05, rounds: int = 60) -> Points:
-    """What each column must charge so that about `capacity` rows prefer it, `(n, k) → (k,)`."""
-    from scipy.special import softmax
+def silhouette(points: Points, labels: Labels, seed: int) -> float:
+    """Mean silhouette (Rousseeuw 1987), in [−1, 1], of at most `SILHOUETTE_SAMPLE` points that are in a cluster.
 
-    blur = sharpness * float(cost.std()) or 1.0
-    prices = np.zeros(cost.shape[1])
-    for _ in range(rounds):
-        prices += blur * np.log(softmax(-(cost + prices) / blur, axis=1).sum(0) / capacity + 1e-12)
-    return prices
-
-
-def umap_map(points: Points, seed: int, neighbours: int = 15, min_dist: float = 0.1) -> pd.DataFrame:
-    """UMAP coordinates `x, y` of every point, `(n, d) → (n, 2)`, reproducible for a seed.
-
-    The neighbours are computed exactly first: that is faster than nn-descent at this size and spares its
-    compilation.
+    NaN where there are not at least two clusters to compare.
     """
-    import warnings
-
-    from sklearn.neighbors import NearestNeighbors
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from umap import UMAP
-
-        # The point itself comes first, as UMAP expects of a precomputed neighbour table.
-        distance, index = NearestNeighbors(n_neighbors=min(neighbours, len(points) - 1)).fit(points).kneighbors(points)
-        mapper = UMAP(
-            n_neighbors=index.shape[1],
-            min_dist=min_dist,
-            random_state=seed,
-            n_jobs=1,
-            precomputed_knn=(index.astype(np.int32), distance.astype(np.float32), None),
-        )
-        embedded = mapper.fit_transform(points.astype(np.float32))
-    return pd.DataFrame({"x": embedded[:, 0], "y": embedded[:, 1]})
-
-
-def silhouette(points: Points, labels: NDArray[np.int64], seed: int, sample: int = 3000) -> float:
-    """Mean silhouette of at most `sample` points, in [−1, 1]."""
     from sklearn.metrics import silhouette_score
 
-    return float(silhouette_score(points, labels, sample_size=min(sample, len(points)), random_state=seed))
+    inside = np.flatnonzero(labels != NOISE)
+    drawn = inside[_sample(len(inside), SILHOUETTE_SAMPLE, seed)]
+    if not 2 <= len(np.unique(labels[drawn])) < len(drawn):
+        return float("nan")
+    return float(silhouette_score(points[drawn], labels[drawn]))
+
+
+def agreement(one: Labels, other: Labels) -> float:
+    """Adjusted Rand index of two clusterings of the same points (Hubert and Arabie 1985): 1 the same, 0 by chance."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(one, other))
+
+
+def stability(points: Points, labels_of: Callable[[Points, int], Labels], seeds: Sequence[int]) -> float:
+    """Mean agreement between the clusterings that `labels_of(points, seed)` gives with different seeds."""
+    found = [labels_of(points, seed) for seed in seeds]
+    return float(np.mean([agreement(one, other) for one, other in combinations(found, 2)]))
+
+
+def quality(
+    points: Points, halves: tuple[Points, Points] | None, clusters: int, seed: int, method: str = "kmeans"
+) -> pd.DataFrame:
+    """What the clusters of a method are worth, beside a control without structure.
+
+    Args:
+        points: `(n, d)`, a row per neuron.
+        halves: The same neurons' rows from two halves of the data, `(n, d)` each; None where there are none.
+        clusters, seed, method: As for `find`.
+
+    Returns:
+        Frame with `measure, value, meaning`.
+    """
+
+    def labels_of(some: Points, number: int) -> Labels:
+        return find(method, some, clusters, number)
+
+    labels = labels_of(points, seed)
+    shuffled = np.random.default_rng(seed).permuted(points, axis=0)
+    control = silhouette(shuffled, labels_of(shuffled, seed), seed)
+    rows = [
+        ("clusters", len(np.unique(labels[labels != NOISE])), "how many were found"),
+        ("noise", float((labels == NOISE).mean()), "share of neurons in no cluster"),
+        ("silhouette", silhouette(points, labels, seed), "1 islands, 0 a continuum cut into pieces"),
+        ("silhouette, shuffled", control, "control: the same method, every column shuffled by itself"),
+        (
+            "agreement, seeds",
+            stability(points, labels_of, (seed, seed + 1, seed + 2)),
+            "adjusted Rand index over three seeds: 1 the same clusters, 0 chance",
+        ),
+    ]
+    if halves is not None:
+        agreed = agreement(labels_of(halves[0], seed), labels_of(halves[1], seed))
+        rows.append(("agreement, halves", agreed, "adjusted Rand index of clusters from two halves of the data"))
+    return pd.DataFrame(rows, columns=["measure", "value", "meaning"])
+
+
+def _sample(n: int, most: int, seed: int) -> NDArray[np.int64]:
+    """Indices of at most so many of n things, ascending."""
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
+
+
+def _by_size(labels: NDArray[np.integer]) -> Labels:
+    """The same clusters, numbered by size, largest first; noise stays noise."""
+    order = np.argsort(-np.bincount(labels[labels != NOISE]), kind="stable")
+    return np.append(np.argsort(order), NOISE)[labels].astype(np.int64)

@@ -1,16 +1,17 @@
-"""Write experts as a standard checkpoint that plain `AutoModelForCausalLM` loads, with no code of ours.
+"""Write a divided model as a standard checkpoint that plain `AutoModelForCausalLM` loads, with no code of ours.
 
-Softmax-routed families (PEERS: Qwen3Moe with `norm_topk_prob=False`): a zero router gives every expert the gate 1/E,
-so `down_proj` carries the factor E, and with every expert on the checkpoint equals the dense model.
+One tensor after another: memory holds about one FFN matrix twice and the output shard, however large the model is.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,106 +20,116 @@ import torch
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts.assemble import assemble
+from tinyonn_lib.experts.card import model_card
+from tinyonn_lib.experts.checkpoint import SHARD_BYTES, Shards, cut, whole_folder
+from tinyonn_lib.experts.families import Family, Layout, family
 from tinyonn_lib.experts.partition import Partition
-from tinyonn_lib.lm.models import FFN
+from tinyonn_lib.experts.weights import Weights, open_weights
 
-FAMILIES: dict[str, tuple[str, str]] = {"qwen3": ("qwen3_moe", "Qwen3MoeForCausalLM")}
-"""Dense model type → (MoE model type, class). Adding a family: a line here and, if its keys differ, a branch below."""
-
-WIDTH_STEP = 8
-"""Rows of 16 bytes in bfloat16, which `grouped_mm`, the default way to run experts, requires."""
-
-
-def target_config(dense: Any, partition: Partition, k: int) -> Any:
-    """The MoE configuration: the dense one's own fields plus the experts' shape.
-
-    Raises:
-        BenchError: No standard MoE class continues this dense class.
-    """
-    from transformers import AutoConfig
-
-    if dense.model_type not in FAMILIES:
-        raise BenchError(
-            f"No standard MoE checkpoint continues a '{dense.model_type}' model; exportable: {', '.join(FAMILIES)}."
-        )
-    if partition.size % WIDTH_STEP:
-        raise BenchError(
-            f"{partition.count} experts of {partition.size} neurons: transformers' grouped kernels need a multiple of "
-            f"{WIDTH_STEP}; choose a number of experts that divides d_ffn into such parts."
-        )
-    kind, architecture = FAMILIES[dense.model_type]
-    known = AutoConfig.for_model(kind)
-    own = {name: value for name, value in dense.to_dict().items() if hasattr(known, name) and name != "model_type"}
-    own |= {
-        "num_experts": partition.count,
-        "num_experts_per_tok": k,
-        "moe_intermediate_size": partition.size,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "architectures": [architecture],
-    }
-    return AutoConfig.for_model(kind, **own)
+_FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
+_COPIED = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+           "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 def export(
-    model: Any,
-    tokenizer: Any,
-    ffns: Sequence[FFN],
+    source: nn.Module | Path | str,
     partition: Partition,
     folder: Path,
     *,
+    tokenizer: Any = None,
     k: int | None = None,
     routers: Sequence[Tensor] | None = None,
     card: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the divided model to `folder`: config, safetensors, tokenizer, generation config and a model card.
 
     Args:
+        source: the dense model, or its folder or hub id (then it is never loaded as a whole). 4-bit weights are
+            dequantised, those of attention included.
+        folder: appears when it is whole; an earlier checkpoint there is replaced.
+        tokenizer: None: the source folder's files are copied.
         k: Active experts per token that the config asks for; all of them when None. It stays adjustable at load:
             `from_pretrained(folder, num_experts_per_tok=k)`.
-        routers: Per layer the router's rows `(experts, d_model)`; zero when None, which is exact with every expert on.
+        routers: Per layer the router's rows `(experts of the layer, d_model)`, written as they are; zero when None,
+            which is exact with every expert on.
         card: Facts for the model card, printed as a table.
-    """
-    from huggingface_hub import save_torch_state_dict
+        shard_bytes: largest size of one weights file.
 
-    if getattr(model, "is_quantized", False):  # its attention weights are packed, which no plain checkpoint holds
-        raise BenchError("Cannot export a 4-bit model: load it with dtype=bfloat16 for this, the scan may stay in nf4.")
-    config = target_config(model.config, partition, k or partition.count)
-    config.save_pretrained(folder)
-    names = {id(module): name for name, module in model.named_modules()}
-    replaced = {f"{names[id(m)]}.weight" for ffn in ffns for m in (ffn.gate, ffn.up, ffn.down)}
-    # Tied weights under one name: the others would go into the file's metadata, in an order that differs each time.
-    once = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named} - replaced
-    state = {key: value.detach() for key, value in model.state_dict().items() if key in once}
-    for layer, experts in enumerate(assemble(ffns, partition)):
-        prefix = names[id(ffns[layer].module)]
-        for e, expert in enumerate(experts):
-            state[f"{prefix}.experts.{e}.gate_proj.weight"] = expert.gate_proj.weight.data
-            state[f"{prefix}.experts.{e}.up_proj.weight"] = expert.up_proj.weight.data
-            state[f"{prefix}.experts.{e}.down_proj.weight"] = expert.down_proj.weight.data * partition.count
-        like = experts[0].gate_proj.weight
-        gate = torch.zeros(partition.count, like.shape[1]) if routers is None else routers[layer].detach()
-        state[f"{prefix}.gate.weight"] = gate.to(like)
-    save_torch_state_dict(state, folder)
-    tokenizer.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(model, config, card or {}), "utf-8")
+    Raises:
+        BenchError: no standard class for this model and partition, a partition or router of another model, weights
+            that cannot be read, or a folder that cannot be written.
+    """
+    weights, folder = open_weights(source), Path(folder)
+    target, layout = family(weights.config, partition), Layout.of(partition)
+    partition.check(weights.neurons())
+    k = layout.experts if k is None else k
+    if not 1 <= k <= layout.experts:
+        raise BenchError(f"k={k} active experts: choose 1 to {layout.experts}.")
+    width = weights.config.hidden_size
+    if routers is not None and [tuple(r.shape) for r in routers] != [(count, width) for count in layout.counts]:
+        raise BenchError(
+            f"The routers' rows do not belong to this partition: {len(layout.counts)} routers with "
+            f"{min(layout.counts)} to {layout.experts} rows of {width} are needed."
+        )
+    if weights.folder is not None and folder.exists() and folder.samefile(weights.folder):
+        raise BenchError(f"{folder} is the dense model itself: choose another folder for the divided one.")
+    with whole_folder(folder, "config.json") as partial:
+        config = target.config(weights.config, layout, k)
+        config.dtype = weights.dtype
+        config.save_pretrained(partial)
+        shards = Shards(partial, "model", shard_bytes)
+        for name in weights.shapes:
+            for new, tensor in _divided(name, weights, target, layout, partition, routers):
+                shards.add(new, tensor)
+        shards.close()
+        _copy_rest(source, weights, tokenizer, partial)
+        text = model_card(weights, target, layout, partition, k, card or {})
+        (partial / "README.md").write_text(text, "utf-8")
     return folder
 
 
-def _card(model: Any, config: Any, facts: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [moe, tiny-onn]\n---\n\n"
-        f"# {config.num_experts} experts per layer, cut from a dense {model.config.model_type} model\n\n"
-        f"{config.num_hidden_layers} layers, {config.num_experts} experts of {config.moe_intermediate_size} neurons "
-        f"each, {config.num_experts_per_tok} active per token. `AutoModelForCausalLM.from_pretrained(folder)` loads "
-        "it; `num_experts_per_tok=k` there changes how many are active.\n\n"
-        f"| | |\n|---|---|\n{rows}\n"
-    )
+def _divided(
+    name: str,
+    weights: Weights,
+    target: Family,
+    layout: Layout,
+    partition: Partition,
+    routers: Sequence[Tensor] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """What becomes of one dense tensor: itself, or the parts of an FFN matrix (with the gate, also the router)."""
+    tensor = weights.read(name)
+    if (found := _FFN.fullmatch(name)) is None:
+        yield name, tensor
+        return
+    layer, part, prefix = int(found[1]), found[2], name.partition(".mlp.")[0] + ".mlp."
+    axis, down = (1, True) if part == "down_proj" else (0, False)
+    if part == "gate_proj":
+        rows = tensor.new_zeros(layout.experts, tensor.shape[1])
+        if routers is not None:
+            rows[: layout.counts[layer]] = routers[layer].detach().to(rows)
+        yield f"{prefix}gate.weight", rows
+        for key, extra in target.extras(layout, layer, tensor.shape[1]).items():
+            yield prefix + key, extra.to(tensor.dtype) if extra.ndim > 1 else extra
+    if width := target.shared_width(layout):
+        shared = cut(tensor, partition.shared[layer][None], axis, experts=1, size=width)[0]
+        yield f"{prefix}{target.shared}.{part}.weight", shared.mul_(target.shared_gain if down else 1)
+    experts = cut(tensor, partition.experts[layer], axis, experts=layout.experts, size=layout.size)
+    experts.mul_(target.routed_gain(layout) if down else 1)
+    for e, expert in enumerate(experts):
+        yield f"{prefix}experts.{e}.{part}.weight", expert
+
+
+def _copy_rest(source: Any, weights: Weights, tokenizer: Any, folder: Path) -> None:
+    """Tokenizer, chat template, generation config and licence."""
+    for pattern in _COPIED:
+        for file in weights.folder.glob(pattern) if weights.folder else ():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if getattr(source, "generation_config", None) is not None:
+        source.generation_config.save_pretrained(folder)
 
 
 # Runs where our package cannot be imported: what it proves is that a stranger's plain transformers is enough.
@@ -127,17 +138,21 @@ import json, sys
 sys.modules["tinyonn_lib"] = None
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, tokens, out = sys.argv[1:]
-model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-ids = torch.from_numpy(np.load(tokens))
-with torch.no_grad():
-    np.save(out, model(ids).logits.numpy())
-    text = model.generate(ids[:1, :8], max_new_tokens=16, do_sample=False)
-print(json.dumps({
-    "class": type(model).__name__,
-    "missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
-    "generated": AutoTokenizer.from_pretrained(folder).decode(text[0]),
-}))
+found = []
+for folder, tokens, out, options in json.loads(sys.argv[1]):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    ids = torch.from_numpy(np.load(tokens))
+    with torch.no_grad():
+        np.save(out, model(ids).logits.numpy())
+        new = model.generate(ids[:1, :8], max_new_tokens=16, do_sample=False)[0].tolist()
+    try:
+        text = AutoTokenizer.from_pretrained(folder).decode(new)
+    except (OSError, ValueError):
+        text = ""
+    missing, unexpected = (sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys"))
+    found.append({"class": type(model).__name__, "missing": missing, "unexpected": unexpected,
+                  "tokens": new, "generated": text})
+print(json.dumps(found))
 """
 
 
@@ -148,24 +163,38 @@ def verify(folder: Path, dense: nn.Module, tokens: Tensor) -> dict[str, Any]:
         tokens: Token ids `(B, T)`.
 
     Returns:
-        `relative_error` (max |Δlogits| / max |logits|), `class`, `missing` and `unexpected` keys, `generated` text.
+        `relative_error` (max |Δlogits| / max |logits|), `class`, `missing` and `unexpected` keys, and the greedy
+        continuation of 8 tokens: `tokens`, and as text `generated` ("" without a tokenizer).
+    """
+    return verify_all([(folder, dense, tokens)])[0]
+
+
+def verify_all(
+    items: Sequence[tuple[Path, nn.Module, Tensor]], options: Sequence[Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """`verify` for many `(folder, dense, tokens)`, all in one fresh process.
+
+    Args:
+        options: per item what `from_pretrained` is given besides, such as `num_experts_per_tok`.
+
+    Raises:
+        BenchError: one does not load.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        ids, out = Path(scratch, "ids.npy"), Path(scratch, "logits.npy")
-        np.save(ids, tokens.cpu().numpy())
-        done = subprocess.run(
-            [sys.executable, "-c", _STRANGER, str(folder.resolve()), str(ids), str(out)],
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        jobs: list[list[Any]] = []
+        for i, (folder, _, tokens) in enumerate(items):
+            ids, out = Path(scratch, f"{i}.ids.npy"), Path(scratch, f"{i}.npy")
+            np.save(ids, tokens.cpu().numpy())
+            jobs.append([str(folder.resolve()), str(ids), str(out), dict(options[i]) if options else {}])
+        command = [sys.executable, "-c", _STRANGER, json.dumps(jobs)]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
             raise BenchError(f"The exported checkpoint does not load with plain transformers: {reason}")
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        logits = np.load(out)
-    with torch.no_grad():
-        expected = dense(tokens.to(next(dense.parameters()).device)).logits.float().cpu().numpy()
-    found["relative_error"] = float(np.abs(logits - expected).max() / np.abs(expected).max())
+        found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+        logits = [np.load(out) for _, _, out, _ in jobs]
+    for result, theirs, (_, dense, tokens) in zip(found, logits, items, strict=True):
+        with torch.no_grad():
+            ours = dense(tokens.to(next(dense.parameters()).device)).logits.float().cpu().numpy()
+        result["relative_error"] = float(np.abs(theirs - ours).max() / np.abs(ours).max())
     return found

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from tinyonn_lib import evaluate
 from tinyonn_lib.experts.assemble import dense_weight
-from tinyonn_lib.experts.partition import Partition, flap_scores
-from tinyonn_lib.experts.routing import Scale, dropped_mean, oracle, scaled, static
+from tinyonn_lib.experts.evidence import check
+from tinyonn_lib.experts.methods import Divided
+from tinyonn_lib.experts.partition import Partition
+from tinyonn_lib.experts.routing import Scale, chosen, dropped_mean, oracle, scaled, static
 from tinyonn_lib.lm.models import FFN
 
 Losses = dict[str, list[evaluate.Loss]]
-"""Method → one loss per seed, all on the same samples."""
+"""Method and router → one loss per seed, all on the same samples."""
+
+ORACLE = "oracle"
 
 
 class Judge:
@@ -30,6 +35,7 @@ class Judge:
             samples: columns `ids` (token ids) and `source` (what the bootstrap draws together).
             neurons: the scan's statistics, for the static controls.
         """
+        check(neurons, ffns)
         self.model, self.ffns, self.batch = model, ffns, batch
         self.ids, self.groups = samples["ids"].tolist(), samples["source"].tolist()
         self.dense = evaluate.loss(model, self.ids, batch)
@@ -51,6 +57,29 @@ class Judge:
         shifts = dropped_mean(self.ffns, self.flap, self.means, active)
         return {"flap_static": [self.loss(scales)], "flap_static + bias": [self.loss(scales, shifts)]}
 
+    def divided(self, name: str, each: Divided, active: float) -> Iterator[tuple[str, evaluate.Loss]]:
+        """One partition at about the share `active`, by the oracle router, the ridge router and its method's own.
+
+        The oracle separates the partition from the router: it chooses as well as a strong router could, for each alike.
+
+        Yields:
+            A label such as `"sp, oracle router"` or `"cmoe, representative router"`, and the loss. FLAP's own way,
+            the same neurons for every token, is called as in `static`, and comes with its bias.
+        """
+        part = each.partition
+        k = part.k(active)
+        yield f"{name}, {ORACLE} router", self.loss(oracle(part, self.ffns, k))
+        for router, scores in each.scores.items():
+            if name == "flap_static" and router == "static":
+                for label, losses in self.static(part.share(k)).items():
+                    yield label, losses[0]
+            else:
+                yield f"{name}, {router} router", self.loss(chosen(part, scores, k))
+
+    def all_on(self, partition: Partition) -> float:
+        """ΔNLL with every expert on: 0, unless neurons were dropped."""
+        return self.loss(oracle(partition, self.ffns, partition.count)).mean - self.dense.mean
+
     def table(self, losses: Losses, active: float) -> pd.DataFrame:
         """ΔNLL to the dense model, nats per token: `method, active, mean, low, high, seeds, files`."""
         gaps = {method: evaluate.paired(each, self.dense, self.groups) for method, each in losses.items()}
@@ -64,50 +93,29 @@ class Judge:
             ]
         )  # fmt: skip
 
-    def tables(self, losses: Mapping[float, Losses]) -> pd.DataFrame:
-        """`table` for several active shares, one below the other."""
-        return pd.concat([self.table(each, share) for share, each in losses.items()], ignore_index=True)
-
     def between(self, losses: Losses, method: str, other: str) -> evaluate.Difference:
         """Loss of one method minus another's, paired."""
         return evaluate.paired(losses[method], losses[other], self.groups)
 
     def best_static(self, losses: Losses) -> str:
         """The static control with the lower loss."""
-        return min((name for name in losses if name.startswith("flap_static")), key=lambda n: losses[n][0].mean)
+        return min(
+            (name for name in losses if name.startswith("flap_static") and "router" not in name), key=mean(losses)
+        )
 
 
-def under_oracle(
-    judge: Judge,
-    partitions: Mapping[str, Sequence[Partition]],
-    actives: Iterable[float],
-    progress: Callable[[int, int, str], None] | None = None,
-) -> dict[float, Losses]:
-    """Losses of partitions under the oracle router, and of static pruning, at each active share.
+def flap_scores(neurons: pd.DataFrame, down: Sequence[Tensor]) -> list[Tensor]:
+    """FLAP's importance Var(h_i)·‖W_down[:, i]‖² per layer, `(d_ffn,)` (An et al. 2024, arXiv:2312.11983).
 
-    The oracle separates the partition from the router: it chooses as well as a strong router could, for each alike.
-
-    Args:
-        partitions: method → one partition per seed, all with the same number of experts.
-        actives: wanted shares; each becomes the nearest whole number of experts, and pruning gets the same share.
-
-    Returns:
-        Realised share k / experts → method → losses.
+    `down` holds each layer's `down_proj.weight`, `(d_model, d_ffn)`.
     """
-    first = next(iter(partitions.values()))[0]
-    ks = sorted({first.k(active) for active in actives})
-    total = len(ks) * sum(len(parts) for parts in partitions.values())
-    found: dict[float, Losses] = {}
-    done = 0
-    for k in ks:
-        share = k / first.count
-        found[share] = {}
-        for method, parts in partitions.items():
-            losses = found[share].setdefault(f"{method}, oracle router", [])
-            for part in parts:
-                losses.append(judge.loss(oracle(part, judge.ffns, k)))
-                done += 1
-                if progress:
-                    progress(done, total, f"{method} at {share:.0%}")
-        found[share] |= judge.static(share)
+    found = []
+    for (_, rows), weight in zip(neurons.sort_values(["layer", "neuron"]).groupby("layer"), down, strict=True):
+        variance = torch.tensor((rows["act_sq"] - rows["act_mean"] ** 2).to_numpy()).clamp(min=0)
+        found.append(variance * weight.detach().cpu().double().square().sum(0))
     return found
+
+
+def mean(losses: Losses) -> Callable[[str], float]:
+    """A function from a method's name to its loss, mean over seeds, nats per token."""
+    return lambda name: float(np.mean([loss.mean for loss in losses[name]]))

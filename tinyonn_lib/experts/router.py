@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from tinyonn_lib.experts.assemble import dense_weight
 from tinyonn_lib.experts.partition import Partition
-from tinyonn_lib.experts.routing import Scale, energies, expert_of, scaled, top_mask
+from tinyonn_lib.experts.routing import GATES, Scale, energies, per_neuron, scaled, top_mask
 from tinyonn_lib.lm.models import FFN
 from tinyonn_lib.lm.train import fit
 
@@ -106,17 +106,20 @@ def train(
     k: int,
     steps: int,
     lr: float,
+    gates: str = "softmax",
     gate_spread: float = 0.01,
     temperature: float = 0.2,
     **options: Any,
 ) -> pd.DataFrame:
     """Stage two: next-token loss through the whole divided model, experts and everything else frozen.
 
-    Forward as the exported checkpoint computes it: the k largest logits, gates `experts · softmax(temper · logits)`.
+    Forward as the exported checkpoint computes it: the k largest logits, gates as its family has them, such as
+    `experts · softmax(temper · logits)`.
     Backward also through the choice: straight through a sigmoid of the distance to the k-th logit (Bengio et al. 2013,
     arXiv:1308.3432), for chosen and unchosen experts alike.
 
     Args:
+        gates: a key of `routing.GATES`.
         gate_spread: standard deviation to which the router is scaled for its gates; see `soften`.
         temperature: width of that sigmoid, in logits.
 
@@ -126,16 +129,16 @@ def train(
     model.requires_grad_(False)
     tempers = _tempers(routers, gate_spread)
 
-    def layer_scale(weight: Tensor, index: Tensor, temper: float) -> Scale:
-        owner = expert_of(index)
+    def layer_scale(layer: int) -> Scale:
+        weight, temper, widen = routers[layer], tempers[layer], per_neuron(partition, layer)
 
         def scale(x: Tensor, h: Tensor) -> Tensor:
             logits = x.float() @ weight.T
             top = logits.detach().topk(min(k + 1, weight.shape[0]), dim=-1).values
             border = top[..., k - 1 : k + 1].mean(-1, keepdim=True)
             soft = torch.sigmoid((logits - border) / temperature)
-            gates = top_mask(logits.detach(), k) * (temper * logits).softmax(-1) * weight.shape[0]
-            return (gates + soft - soft.detach()).to(h)[..., owner]
+            hard = top_mask(logits.detach(), k) * GATES[gates](temper * logits)
+            return widen((hard + soft - soft.detach()).to(h))
 
         return scale
 
@@ -144,7 +147,7 @@ def train(
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
     optimizer = torch.optim.AdamW(routers, lr=lr, weight_decay=0.0)
-    scales = [layer_scale(*parts) for parts in zip(routers, partition.experts, tempers, strict=True)]
+    scales = [layer_scale(layer) for layer in range(len(routers))]
     with scaled(ffns, scales):
         history = fit(list(routers), loss, batch, optimizer, steps=steps, **options)
     with torch.no_grad():

@@ -22,6 +22,14 @@ from tinyonn_lib.lm.models import FFN
 Scale = Callable[[Tensor, Tensor], Tensor]
 """`(x, h) → factor on h`; x is the FFN's input `(…, d_model)`, h `(…, d_ffn)`, the factor broadcasts to h."""
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1) * logits.shape[-1],
+    "sigmoid": lambda logits: 2 * logits.sigmoid(),
+}
+"""How the standard families turn router logits `(…, experts)` into factors: 1 for all when the logits are 0.
+
+The factor (number of experts; 2) is in the exported `down_proj`, or in `routed_scaling_factor`."""
+
 
 @contextmanager
 def scaled(ffns: Sequence[FFN], scales: Sequence[Scale], shifts: Sequence[Tensor] | None = None) -> Iterator[None]:
@@ -50,11 +58,17 @@ def scaled(ffns: Sequence[FFN], scales: Sequence[Scale], shifts: Sequence[Tensor
             handle.remove()
 
 
-def expert_of(index: Tensor) -> Tensor:
-    """`(experts, size)` neuron lists → `(d_ffn,)` expert of each neuron."""
-    owner = torch.empty(index.numel(), dtype=torch.long)
-    owner[index.reshape(-1)] = torch.arange(index.shape[0]).repeat_interleave(index.shape[1])
-    return owner
+def per_neuron(partition: Partition, layer: int) -> Callable[[Tensor], Tensor]:
+    """A function from factors per expert `(…, experts)` to factors per neuron `(…, d_ffn)`: shared 1, dropped 0."""
+    owner = partition.owner(layer)
+    if not len(partition.shared[layer]) and not len(partition.dropped[layer]):
+        return lambda factors: factors[..., owner]
+    # Negative labels count from the end: … , DROPPED, SHARED.
+    return lambda factors: torch.cat([factors, _like(factors, 0.0), _like(factors, 1.0)], -1)[..., owner]
+
+
+def _like(factors: Tensor, value: float) -> Tensor:
+    return factors.new_full((*factors.shape[:-1], 1), value)
 
 
 def energies(index: Tensor, down: Tensor) -> Callable[[Tensor], Tensor]:
@@ -76,7 +90,7 @@ def energies(index: Tensor, down: Tensor) -> Callable[[Tensor], Tensor]:
 
 def top_mask(score: Tensor, k: int) -> Tensor:
     """1 for the k highest entries of the last axis, else 0; same shape."""
-    return torch.zeros_like(score).scatter_(-1, score.topk(k, dim=-1).indices, 1.0)
+    return torch.zeros_like(score).scatter_(-1, score.topk(min(k, score.shape[-1]), dim=-1).indices, 1.0)
 
 
 def oracle(partition: Partition, ffns: Sequence[FFN], k: int) -> list[Scale]:
@@ -86,11 +100,25 @@ def oracle(partition: Partition, ffns: Sequence[FFN], k: int) -> list[Scale]:
     choice that looks at what the chosen ones add up to can lose less.
     """
 
-    def layer_scale(index: Tensor, down: Tensor) -> Scale:
-        owner, energy = expert_of(index), energies(index, down)
-        return lambda x, h: top_mask(energy(h), k).to(h)[..., owner]
+    def layer_scale(layer: int, down: Tensor) -> Scale:
+        widen, energy = per_neuron(partition, layer), energies(partition.experts[layer], down)
+        return lambda x, h: widen(top_mask(energy(h), k).to(h))
 
-    return [layer_scale(i, dense_weight(f.down)) for i, f in zip(partition.experts, ffns, strict=True)]
+    return [layer_scale(layer, dense_weight(ffn.down)) for layer, ffn in enumerate(ffns)]
+
+
+def chosen(partition: Partition, scores: Sequence[Callable[[Tensor], Tensor]], k: int) -> list[Scale]:
+    """Per token the k experts with the highest score, each with gate 1.
+
+    Args:
+        scores: per layer a function `x (…, d_model) → (…, experts)`, see `routers`.
+    """
+
+    def layer_scale(layer: int, score: Callable[[Tensor], Tensor]) -> Scale:
+        widen = per_neuron(partition, layer)
+        return lambda x, h: widen(top_mask(score(x.float()), k).to(h))
+
+    return [layer_scale(layer, score) for layer, score in enumerate(scores)]
 
 
 def static(scores: Sequence[Tensor], keep: float) -> list[Scale]:
@@ -112,20 +140,21 @@ def dropped_mean(ffns: Sequence[FFN], scores: Sequence[Tensor], means: Sequence[
     return shifts
 
 
-def linear_router(weights: Sequence[Tensor], partition: Partition, k: int) -> list[Scale]:
-    """A linear top-k router per layer, `weights[l]` `(experts, d_model)`, as Qwen3Moe computes it.
+def linear_router(weights: Sequence[Tensor], partition: Partition, k: int, gates: str = "softmax") -> list[Scale]:
+    """A linear top-k router per layer, `weights[l]` `(experts, d_model)`, as the exported family computes it.
 
-    Gates are `experts · softmax(x Wᵀ)` on the k largest (the exported `down_proj` carries the factor), so a zero
-    router with every expert on is the dense model.
+    Args:
+        gates: a key of `GATES`; a zero router with every expert on is the dense model under each.
     """
+    gate = GATES[gates]
 
-    def layer_scale(weight: Tensor, index: Tensor) -> Scale:
-        owner = expert_of(index)
+    def layer_scale(layer: int, weight: Tensor) -> Scale:
+        widen = per_neuron(partition, layer)
 
         def scale(x: Tensor, h: Tensor) -> Tensor:
-            gates = (x.float() @ weight.detach().to(x.device).T).softmax(-1)
-            return (gates * top_mask(gates, k) * weight.shape[0]).to(h)[..., owner]
+            logits = x.float() @ weight.detach().to(x.device).T
+            return widen((gate(logits) * top_mask(logits, k)).to(h))
 
         return scale
 
-    return [layer_scale(w, i) for w, i in zip(weights, partition.experts, strict=True)]
+    return [layer_scale(layer, weight) for layer, weight in enumerate(weights)]

@@ -163,6 +163,45 @@ def python_docs(packages: Sequence[str], min_characters: int = 100) -> pd.DataFr
     return pd.DataFrame(kept, columns=["text", "source"])
 
 
+def python_code(package: str = STDLIB, files: int = 60) -> pd.DataFrame:
+    """Source code without docstrings and comments: text from outside the domain of `python_docs`, on every machine.
+
+    Args:
+        package: an import name, or "stdlib".
+        files: at most this many, chosen by a hash of their names.
+
+    Returns:
+        Columns `text` and `source`, one row per file.
+
+    Raises:
+        BenchError: the package is not installed, or nothing is left.
+    """
+    rows: list[tuple[str, str]] = []
+    for path, source in sorted(_files(package), key=lambda pair: _digest(pair[1])):
+        if len(rows) == files:
+            break
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                code = ast.unparse(_without_docstrings(ast.parse(Path(path).read_text(encoding="utf-8"))))
+        except (SyntaxError, UnicodeDecodeError, ValueError, OSError, RecursionError):
+            continue
+        if len(code) > 1000:  # an empty __init__ tells nothing
+            rows.append((code, source))
+    if not rows:
+        raise BenchError(f"No Python source of some length in {package}.")
+    return pd.DataFrame(rows, columns=["text", "source"])
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body[0] = ast.Pass()
+    return tree
+
+
 def split(texts: pd.DataFrame, seed: int, calibration: float = 0.03, heldout: float = 0.03) -> pd.DataFrame:
     """Divide texts into train, calibration and held-out by whole sources, so that no document is in two.
 

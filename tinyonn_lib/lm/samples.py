@@ -64,6 +64,19 @@ def draw(texts: pd.DataFrame, tokenizer: Any, tokens: int, length: int, seed: in
     return pd.DataFrame(found, columns=["source", "ids", "text"])
 
 
+def other(source: str, tokenizer: Any, tokens: int, length: int, seed: int) -> dict[str, pd.DataFrame]:
+    """Samples from another domain, under a name for it: texts of one's own, or Python's own source code.
+
+    Args:
+        source: anything `load_texts` reads; empty: the code of the standard library, docstrings and comments removed.
+        tokens, length, seed: as in `draw`.
+    """
+    if not source:
+        return {"Python code": draw(corpus.python_code(), tokenizer, tokens, length, seed)}
+    name = Path(source).stem or source
+    return {name: draw(load_texts(source, limit=max(1000, tokens // 20)), tokenizer, tokens, length, seed)}
+
+
 def blocks(samples: pd.DataFrame, length: int) -> torch.Tensor:
     """All samples end to end as `(N, length)` token ids, for training; the rest that fills no block is dropped.
 

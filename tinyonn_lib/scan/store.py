@@ -14,7 +14,7 @@ Readers add the shards up. Layout (`docs/store.md`; braces keep one scan on one 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -208,13 +208,14 @@ class Store:
             shards.append(Shard(number, samples, done, int(epoch or 0), Holder.parse(claim) if claim else None))
         return shards
 
-    def totals(self) -> Totals:
-        """Sum of all that is committed, shard after shard.
+    def totals(self, shards: Container[int] | None = None) -> Totals:
+        """Sum of all that is committed, shard after shard; of the given shards only, if any are.
 
         Raises:
             BenchError: nothing is.
         """
-        layout, begun = self.layout(), [shard.number for shard in self.shards() if shard.epoch]
+        layout = self.layout()
+        begun = [each.number for each in self.shards() if each.epoch and (shards is None or each.number in shards)]
         if layout is None or not begun:
             raise BenchError(f"scan {self.scan_id!r} has no committed totals on {self.address}: run the scan first")
 
@@ -223,6 +224,17 @@ class Store:
                 yield unpack(layout, self._try(partial(self._redis.hgetall, self.key(f"shard:{number}"))))
 
         return merge(parts())
+
+    def halves(self) -> list[Totals]:
+        """The scan in two halves, by shards; none when it has a single shard.
+
+        Two halves of data tell how much of a score is the data's: samples are drawn in random order.
+        """
+        cut = self.cut()
+        if cut is None or cut.shards < 2:
+            return []
+        middle = cut.shards // 2
+        return [self.totals(range(middle)), self.totals(range(middle, cut.shards))]
 
     def publish(self) -> int:
         """Write the averages of everything committed so far in the readable layout; returns the number of units."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ def neurons_table(totals: Totals) -> pd.DataFrame:
             columns |= {name: _mean(totals, number, *what) for name, what in per.items()}
             frames.append(columns)
     return _frame(frames, COLUMNS)
+
+
+def halves_table(halves: Sequence[Totals]) -> pd.DataFrame:
+    """`neurons_table` of each half of the samples (`Store.halves`), `half` 0 and 1; no rows when there are none."""
+    frames = [neurons_table(totals).assign(half=number) for number, totals in enumerate(halves)]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "half"])
 
 
 def units_table(totals: Totals) -> pd.DataFrame:

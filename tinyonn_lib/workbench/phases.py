@@ -126,22 +126,44 @@ class Scan(Params):
 
 
 class Cluster(Params):
+    device: str
     w_act: Annotated[float, Field(ge=-10, le=10)]
     w_grad: Annotated[float, Field(ge=-10, le=10)]
     w_freq: Annotated[float, Field(ge=-10, le=10)]
     scope: Literal["layer", "global"]
+    method: Literal["kmeans", "hdbscan", "balanced"]
     clusters: Annotated[int, Field(ge=2)]
+    profile: Annotated[int, Field(ge=0, le=64)]
     neighbours: Annotated[int, Field(ge=2)]
     min_dist: Annotated[float, Field(ge=0, le=1)]
+    tokens: Count
+    length: Annotated[int, Field(ge=8)]
+    choice: str
     seed: Seed
 
 
 class Experts(Params):
     device: str
+    dtype: Literal["float32", "bfloat16", "nf4"]
+    methods: str
+    partition: str
     experts: Annotated[int, Field(ge=2)]
+    size: Annotated[int, Field(ge=0)]
+    shared: Annotated[float, Field(ge=0, lt=1)]
+    shared_scope: Literal["fixed", "layer"]
+    pool: Count
+    pool_size: Count
     active: Fractions
+    tokens: Count
     eval_tokens: Count
+    other_texts: str
+    other_tokens: Count
     length: Annotated[int, Field(ge=8)]
+    project: Fraction
+    alpha: Annotated[float, Field(ge=0, le=100)]
+    beta: Annotated[float, Field(ge=0, le=100)]
+    project_steps: Count
+    project_lr: Positive
     seeds: Count
     seed: Seed
 
@@ -149,7 +171,7 @@ class Experts(Params):
 class Router(Params):
     device: str
     active: Fraction
-    partition: Literal["sp", "random"]
+    partition: str
     warm_tokens: Count
     tokens: Count
     batch: Count

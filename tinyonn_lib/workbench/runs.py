@@ -96,7 +96,8 @@ def input_digests(phase: Phase, values: Mapping[str, Any]) -> dict[str, str]:
 
 def _external(values: Mapping[str, Any]) -> dict[str, str]:
     """Files and folders of the user's that parameters name: what they hold is an input like any other."""
-    given = {key: Path(str(values[key])) for key in ("texts", "model") if values.get(key)}
+    named = ("texts", "model", "other_texts", "choice")
+    given = {key: Path(str(values[key])) for key in named if values.get(key)}
     return {f"{key} {path.name}": _content(path) for key, path in given.items() if path.exists()}
 
 
@@ -209,7 +210,8 @@ class Run:
         folder, manifest = hit
         files = {f: e for f, e in manifest["outputs"].items() if f == name or f.startswith(name + "/")}
         if not files:
-            raise BenchError(f"{phase} left no '{name}': run `tinyonn {phase}` again.")
+            left = ", ".join(sorted({file.partition("/")[0] for file in manifest["outputs"]} - {"report.html"}))
+            raise BenchError(f"{phase} left no '{name}', but {left}: choose one, or run `tinyonn {phase}` again.")
         for file, entry in files.items():
             if not (folder / file).is_file() or sha256(folder / file) != entry["sha256"]:
                 raise BenchError(

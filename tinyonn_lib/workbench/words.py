@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "|`*_$[]\\~"}
+"""What Markdown and its mathematics would take for markup: entities are shown as they are."""
+
+
 def facts_table(values: Mapping[str, Any]) -> str:
     """A Markdown table of names and values, numbers with separators."""
     return _table(("", ""), list(values.items()))
@@ -29,7 +33,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, Number):
         return f"{value:,}"
-    return html.escape(str(value)).replace("|", "&#124;")
+    return html.escape(str(value)).translate(_MARKUP)
 
 
 def quotations(samples: Mapping[str, str]) -> str:

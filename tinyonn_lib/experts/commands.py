@@ -1,0 +1,50 @@
+"""Command line of partitions and checkpoints. Imports wait until a command runs, so `tinyonn --help` stays quick."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def moe(parser: argparse.ArgumentParser) -> None:
+    """Add `convert` and `gguf` to the parser of `tinyonn moe`."""
+    commands = parser.add_subparsers(metavar="what", required=True)
+    convert = commands.add_parser(
+        "convert", help="divide a model's folder by a partition, layer by layer, without loading it as a whole"
+    )
+    convert.set_defaults(do=_convert)
+    convert.add_argument("model", help="folder or hub id of the dense model")
+    convert.add_argument("partition", type=Path, help="which neuron goes where: a partition_*.parquet of 04_experts")
+    convert.add_argument("out", type=Path, help="folder of the checkpoint")
+    convert.add_argument("-k", type=int, help="active experts per token that the checkpoint asks for (default: all)")
+    gguf = commands.add_parser("gguf", help="write a checkpoint as a GGUF file for llama.cpp")
+    gguf.set_defaults(do=_gguf)
+    gguf.add_argument("checkpoint", type=Path, help="folder that 04_experts, 05_router or convert wrote")
+    gguf.add_argument("out", type=Path, help="OUT.gguf")
+    gguf.add_argument("--dtype", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices (default: f32)")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from tinyonn_lib.errors import BenchError
+    from tinyonn_lib.experts.export import export
+    from tinyonn_lib.experts.partition import Partition
+
+    try:
+        part = Partition.from_table(pd.read_parquet(args.partition), args.partition.stem.removeprefix("partition_"))
+    except BenchError:
+        raise
+    except Exception as error:  # pandas and pyarrow raise a dozen kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BenchError(f"{args.partition} is not a partition table of 04_experts: {reason}") from error
+    if args.k is not None and not 1 <= args.k <= part.count:
+        raise BenchError(f"-k {args.k}: the partition has {part.count} experts per layer, choose 1 to {part.count}.")
+    export(args.model, part, args.out, k=args.k, card={"partition": part.method, "router": "zero rows"})
+    print(f"{args.out}: AutoModelForCausalLM.from_pretrained loads it")
+
+
+def _gguf(args: argparse.Namespace) -> None:
+    from tinyonn_lib.experts.gguf import to_gguf
+
+    print(to_gguf(args.checkpoint, args.out, args.dtype))

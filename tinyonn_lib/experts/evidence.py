@@ -1,0 +1,234 @@
+"""What a partition method and a router may look at: statistics, weights, and calibration tokens, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.experts.assemble import dense_weight
+from tinyonn_lib.lm.models import FFN
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What calibration tokens do in one layer, T of them, in the order of the texts.
+
+    Attributes:
+        x: the FFN's input, `(T, d_model)`.
+        sample: which sample each token is from, `(T,)`.
+        saliency: |h·∂L/∂h| of the sample's mean next-token loss, bfloat16 `(T, d_ffn)`.
+    """
+
+    x: Tensor
+    sample: Tensor
+    saliency: Tensor
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One layer: a method's whole view.
+
+    Attributes:
+        layer: its place in the decoder.
+        rows: per neuron, in order, the scan's statistics and the scores (`sp`, z-scored features).
+        gate, up: weights, float32 `(d_ffn, d_model)`.
+        down: `(d_model, d_ffn)`.
+        act: the gate's activation function.
+        tokens: what calibration tokens do here.
+    """
+
+    layer: int
+    rows: pd.DataFrame
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    act: Callable[[Tensor], Tensor]
+    tokens: Tokens
+
+    @cached_property
+    def gates(self) -> Tensor:
+        """act(x Gᵀ), `(T, d_ffn)`."""
+        return self.act(self.tokens.x @ self.gate.T)
+
+    @cached_property
+    def h(self) -> Tensor:
+        """act(x Gᵀ) ⊙ (x Uᵀ), `(T, d_ffn)`."""
+        return self.gates * (self.tokens.x @ self.up.T)
+
+    @cached_property
+    def contribution(self) -> Tensor:
+        """‖W_down[:, i]‖, `(d_ffn,)`."""
+        return self.down.norm(dim=0)
+
+    def markers(self, top: int) -> Tensor:
+        """The neurons with the largest |h| of each token, `(T, top)`."""
+        return self.h.abs().topk(min(top, self.h.shape[1]), dim=1).indices
+
+    def by_sample(self, values: Tensor) -> Tensor:
+        """Mean over each sample's tokens, `(T, n) → (samples, n)`."""
+        sums = values.new_zeros(int(self.tokens.sample.max()) + 1, values.shape[1]).index_add_(
+            0, self.tokens.sample, values
+        )
+        return sums / torch.bincount(self.tokens.sample).clamp(min=1)[:, None]
+
+
+class Evidence:
+    """The model's FFNs, their statistics and scores, and what calibration tokens do in them."""
+
+    def __init__(
+        self, ffns: Sequence[FFN], neurons: pd.DataFrame, scores: pd.DataFrame, tokens: Sequence[Tokens]
+    ) -> None:
+        """
+        Args:
+            neurons: the scan's statistics, one row per neuron (`scan.tables.neurons_table`).
+            scores: `layer, neuron, sp` and the features (`score.feature_table`).
+            tokens: per layer, from `collect`.
+
+        Raises:
+            BenchError: statistics or scores of another model, or NaN in them.
+        """
+        check(neurons, ffns)
+        check(scores, ffns)
+        self.ffns, self.tokens = ffns, tokens
+        twice = [name for name in scores.columns if name in neurons.columns and name not in ("layer", "neuron")]
+        joined = neurons.merge(scores.drop(columns=twice), on=["layer", "neuron"], how="outer").sort_values(
+            ["layer", "neuron"]
+        )
+        if joined.isna().any(axis=None):
+            column = joined.columns[joined.isna().any()][0]
+            raise BenchError(
+                f"{int(joined[column].isna().sum())} neurons have no value (NaN) for '{column}': statistics and scores "
+                "must be of one scan; run scan and cluster again."
+            )
+        self._rows = [rows.reset_index(drop=True) for _, rows in joined.groupby("layer")]
+
+    def __len__(self) -> int:
+        return len(self.ffns)
+
+    def __iter__(self) -> Iterator[LayerEvidence]:
+        """One layer after the other, so that only one layer's weights and activations are held."""
+        for number, (ffn, rows, tokens) in enumerate(zip(self.ffns, self._rows, self.tokens, strict=True)):
+            gate, up, down = (dense_weight(m).float().cpu() for m in (ffn.gate, ffn.up, ffn.down))
+            act: Any = ffn.module.act_fn
+            yield LayerEvidence(number, rows, gate, up, down, act, tokens)
+
+
+def check(neurons: pd.DataFrame, ffns: Sequence[FFN]) -> None:
+    """Has the table a row for each of the model's neurons?
+
+    Raises:
+        BenchError: it belongs to another model.
+    """
+    found = neurons.groupby("layer").size().tolist()
+    expected = [ffn.neurons for ffn in ffns]
+    if found != expected:
+        raise BenchError(
+            f"The statistics have {len(found)} layers of {max(found, default=0)} neurons and the model "
+            f"{len(expected)} of {max(expected)}: they belong to another model; scan this one."
+        )
+
+
+def collect(
+    model: Any,
+    ffns: Sequence[FFN],
+    samples: Sequence[Sequence[int]],
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Tokens]:
+    """What every token of the samples does in every FFN: one forward and backward pass per sample.
+
+    Args:
+        samples: token ids, at least two each. Calibration text, never what is judged on.
+
+    Returns:
+        `Tokens` per layer, on the CPU.
+    """
+    from tinyonn_lib.scan.scan import device_of, frozen_eval, next_token_loss
+
+    inputs: list[list[Tensor]] = [[] for _ in ffns]
+    saliency: list[list[Tensor]] = [[] for _ in ffns]
+
+    def keep_x(layer: int) -> Callable[..., None]:
+        return lambda module, args: inputs[layer].append(args[0].detach()[0].float().cpu())
+
+    def keep_saliency(layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            h = args[0]
+            h.register_hook(lambda gradient: saliency[layer].append((h.detach() * gradient).abs()[0].bfloat16().cpu()))
+
+        return hook
+
+    handles = [ffn.module.register_forward_pre_hook(keep_x(i)) for i, ffn in enumerate(ffns)]
+    handles += [ffn.down.register_forward_pre_hook(keep_saliency(i)) for i, ffn in enumerate(ffns)]
+    embedding = model.get_input_embeddings()
+    handles.append(embedding.register_forward_hook(lambda module, args, out: out.requires_grad_()))
+    try:
+        with frozen_eval(model), torch.enable_grad():
+            for number, ids in enumerate(samples):
+                next_token_loss(model, torch.tensor([ids], device=device_of(model))).backward()
+                if progress:
+                    progress(number + 1, len(samples), "")
+    finally:
+        for handle in handles:
+            handle.remove()
+    sample = torch.from_numpy(np.repeat(np.arange(len(samples)), [len(ids) for ids in samples]))
+    return [Tokens(torch.cat(x), sample, torch.cat(s)) for x, s in zip(inputs, saliency, strict=True)]
+
+
+def weight_norms(ffns: Sequence[FFN]) -> pd.DataFrame:
+    """`layer, neuron, weight`: the norm of a neuron's gate row, up row and down column together."""
+    frames = []
+    for number, ffn in enumerate(ffns):
+        rows = ((ffn.gate, 1), (ffn.up, 1), (ffn.down, 0))
+        squares = torch.stack([dense_weight(linear).float().square().sum(axis) for linear, axis in rows])
+        norms = squares.sum(0).sqrt().cpu().double().numpy()
+        frames.append(pd.DataFrame({"layer": number, "neuron": np.arange(len(norms)), "weight": norms}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def add_profile(
+    scores: pd.DataFrame,
+    model: Any,
+    ffns: Sequence[FFN],
+    neurons: pd.DataFrame,
+    samples: Sequence[Sequence[int]],
+    size: int,
+    seed: int,
+) -> pd.DataFrame:
+    """The scores with `size` more columns `p0 …`, the co-activation profile on these samples; unchanged with size 0."""
+    if not size:
+        return scores
+    found = profile(Evidence(ffns, neurons, scores, collect(model, ffns, samples)), size, seed)
+    return scores.merge(found, on=["layer", "neuron"])
+
+
+def profile(evidence: Evidence, size: int, seed: int, top: int = 10) -> pd.DataFrame:
+    """Co-activation profile: neurons that are among the strongest of the same tokens are near each other.
+
+    The leading left singular vectors of each layer's (neurons × tokens) matrix of markers, columns scaled by their
+    singular values, then to a mean square of 1.
+
+    Args:
+        size: number of columns, `p0 …`.
+        top: how many neurons mark a token.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.decomposition import TruncatedSVD
+
+    frames = []
+    for layer in evidence:
+        marks = layer.markers(top).numpy()
+        tokens = np.repeat(np.arange(len(marks)), marks.shape[1])
+        matrix = csr_matrix((np.ones(marks.size), (marks.ravel(), tokens)), shape=(len(layer.rows), len(marks)))
+        found = TruncatedSVD(min(size, len(layer.rows) - 1), random_state=seed).fit_transform(matrix)
+        found = found / max(float(np.sqrt((found**2).mean())), 1e-12)
+        frame = pd.DataFrame(found, columns=[f"p{column}" for column in range(found.shape[1])])
+        frames.append(layer.rows[["layer", "neuron"]].join(frame))
+    return pd.concat(frames, ignore_index=True)
