@@ -52,8 +52,7 @@ def instead(small: Small) -> list[Tap]:
 
 def exchanged(new: Small, old: Small) -> list[Tap]:
     """The large model with the neurons of `old` replaced by those of `new`: an FFN is the sum of its neurons."""
-    return [lambda x, y, n=n, o=o: y + (_out(n, x) - _out(o, x)).to(y) for n, o in zip(new, old, strict=True)]  #
-    type: ignore[misc]
+    return [lambda x, y, n=n, o=o: y + (_out(n, x) - _out(o, x)).to(y) for n, o in zip(new, old, strict=True)]  # type: ignore[misc]
 
 
 def _out(expert: TinyONNExpert, x: Tensor) -> Tensor:
