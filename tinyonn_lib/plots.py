@@ -6,6 +6,7 @@ be seen), `table` (the numbers behind it) and `thumbnail` (whether it stands for
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -614,14 +615,13 @@ def explorer_map(points: pd.DataFrame, scores: Mapping[str, NDArray[np.float64]]
         hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<br>cluster %{customdata[2]}, "
         "S_p %{marker.color:.2f}<extra></extra>",
     )
-    # A button may not hold packed arrays; two digits are enough for a colour.
     buttons = [
         {
             "label": html.escape(name),
             "method": "restyle",
             "args": [
                 {
-                    "marker.color": [np.round(each["color"].astype(float), 2).tolist()],
+                    "marker.color": [_packed(each["color"])],
                     "marker.cmin": each["cmin"],
                     "marker.cmax": each["cmax"],
                 },
@@ -648,6 +648,11 @@ def score_colours(values: NDArray[np.float64]) -> dict[str, Any]:
     """The marker's `color, cmin, cmax` for scores around 0: the scale is symmetric, its ends the 98 % quantile."""
     span = float(np.quantile(np.abs(values), 0.98)) or 1.0
     return {"color": values.astype(np.float32), "cmin": -span, "cmax": span}
+
+
+def _packed(values: NDArray[np.float32]) -> dict[str, str]:
+    """An array as plotly.js unpacks it, for where plotly would write a list: a button's arguments."""
+    return {"dtype": "f4", "bdata": base64.b64encode(values.astype("<f4").tobytes()).decode()}
 
 
 def palette(count: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import time
 from pathlib import Path
@@ -218,7 +219,8 @@ def test_batch_gives_a_figure_and_no_widget(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(buttons) == ["this run", *score.PRESETS]
     each = score.PRESETS["document"]
     expected = score.sp(score.feature_table(table, each.scope, each.log), each.act, each.grad, each.freq)
-    np.testing.assert_allclose(buttons["document"]["marker.color"][0], expected, atol=0.0051)
+    packed = base64.b64decode(buttons["document"]["marker.color"][0]["bdata"])
+    np.testing.assert_allclose(np.frombuffer(packed, np.float32), expected, rtol=1e-6)
     np.testing.assert_allclose(figure.data[0].marker.color, data(table).scores((1, 1, 1), "layer", True), rtol=1e-6)
     meta = figure.layout.meta
     assert "60 neurons" in meta["alt"]

@@ -77,9 +77,10 @@ def _rounds(x: NDArray[np.float32], clusters: int, seed: int) -> Labels:
     from sklearn.cluster import kmeans_plusplus
 
     n = len(x)
-    # A sample of 20 points a cluster seeds as well as all of them; k-means++ over thousands of dimensions is slow.
-    sample = np.random.default_rng(seed).permutation(n)[: 20 * clusters]
-    centres, _ = kmeans_plusplus(x[sample], clusters, random_state=seed)
+    # A sample of 20 points a cluster seeds as well as all of them; k-means++ over thousands of dimensions is slow, and
+    # slower in float32, where scikit-learn computes in float64 by pieces.
+    sample = x[np.random.default_rng(seed).permutation(n)[: 20 * clusters]].astype(np.float64)
+    centres = kmeans_plusplus(sample, clusters, random_state=seed)[0].astype(np.float32)
     prices: Array = np.zeros(clusters)
     best, least = np.zeros(n, np.int64), np.inf
     norm = float(np.einsum("ij,ij->", x, x, dtype=np.float64))
