@@ -630,10 +630,19 @@ def explorer_map(points: pd.DataFrame, scores: Mapping[str, NDArray[np.float64]]
         }
         for name, each in colours.items()
     ]
-    menu = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.1, "buttons": buttons}
+    menu = {
+        "type": "buttons",
+        "direction": "right",
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.02,
+        "yanchor": "bottom",
+        "buttons": buttons,
+    }
     figure.update_layout(
         title=f"S_p of the neurons (n = {len(points):,}, {len(picked):,} drawn)",
-        height=560,
+        height=580,
+        margin={"t": 96},
         showlegend=False,
         updatemenus=[menu] if len(buttons) > 1 else [],
     )

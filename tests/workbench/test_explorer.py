@@ -207,7 +207,8 @@ def test_failed_save_says_so_and_leaves_what_was(
 
 def test_batch_gives_a_figure_and_no_widget(monkeypatch: pytest.MonkeyPatch) -> None:
     table = neurons()
-    arguments = (table, score.feature_table, examples(table), passage, score.PRESETS, PARAMS)
+    own = SimpleNamespace(**{**vars(PARAMS), "w_act": 0.5})
+    arguments = (table, score.feature_table, examples(table), passage, score.PRESETS, own)
     monkeypatch.setattr(explorer, "_in_notebook", lambda: True)
     monkeypatch.delenv("TINYONN_BATCH", raising=False)
     assert isinstance(explorer.explore(*arguments), ipywidgets.VBox)
@@ -221,13 +222,16 @@ def test_batch_gives_a_figure_and_no_widget(monkeypatch: pytest.MonkeyPatch) -> 
     expected = score.sp(score.feature_table(table, each.scope, each.log), each.act, each.grad, each.freq)
     packed = base64.b64decode(buttons["document"]["marker.color"][0]["bdata"])
     np.testing.assert_allclose(np.frombuffer(packed, np.float32), expected, rtol=1e-6)
-    np.testing.assert_allclose(figure.data[0].marker.color, data(table).scores((1, 1, 1), "layer", True), rtol=1e-6)
+    np.testing.assert_allclose(figure.data[0].marker.color, data(table).scores((0.5, 1, 1), "layer", True), rtol=1e-6)
     meta = figure.layout.meta
     assert "60 neurons" in meta["alt"]
     assert meta["table"]["columns"] == ["S_p by", "layer", "neuron", "S_p", "fires on"]
-    first = data(table).scores((1, 1, 1), "layer", True).argmax()
+    first = data(table).scores((0.5, 1, 1), "layer", True).argmax()
     assert meta["table"]["rows"][0][1:3] == table.loc[first, ["layer", "neuron"]].astype(int).tolist()
     assert "␣the" in meta["table"]["rows"][0][4]
+    # Where the parameters are a definition that has a name, it stands there once.
+    figure = explorer.explore(*arguments[:-1], PARAMS)
+    assert [b.label for b in figure.layout.updatemenus[0].buttons] == list(score.PRESETS)
 
 
 def test_rescoring_costs_a_small_part_of_new_z_scores() -> None:

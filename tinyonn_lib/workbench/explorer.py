@@ -368,8 +368,11 @@ def _yaml(value: float | str) -> str:
 
 def _static(data: Data, presets: Mapping[str, Any], params: Any) -> Any:
     """The map with a button for each definition of S_p; its table has the best neurons of each and their tokens."""
-    given = data.scores([getattr(params, name) for name in WEIGHTS], params.scope, True)
-    scores = {"this run": given, **{n: data.scores(_weights(p), p.scope, p.log) for n, p in presets.items()}}
+    here = [*(float(getattr(params, name)) for name in WEIGHTS), params.scope, True]
+    named = {name: _definition(each) for name, each in presets.items()}
+    if here not in named.values():
+        named = {"this run": here, **named}
+    scores = {name: data.scores(weights, scope, log) for name, (*weights, scope, log) in named.items()}
     everyone = np.arange(len(data.neurons))
     rows = [
         (name, *data.neurons.loc[row, ["layer", "neuron"]], each[row], " ".join(data.tokens(row)))
