@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -120,8 +122,9 @@ def one_layer() -> list[Row]:
 
 
 def alone(work: Callable[..., list[Row]], *arguments: int) -> list[Row]:
-    """Run in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """Run in a fresh process that finds nothing compiled."""
+    with TemporaryDirectory() as empty, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        os.environ["NUMBA_CACHE_DIR"] = empty
         return pool.submit(work, *arguments).result()
 
 

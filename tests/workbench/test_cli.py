@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def test_a_run_keeps_what_was_chosen_for_it(capsys: pytest.CaptureFixture[str]) 
     assert "pretrain keeps tokens=5" in capsys.readouterr().out
     assert plan("all", "pretrain.tokens=6")["pretrain"]["tokens"] == 6
     assert plan("all", "run=other")["pretrain"]["tokens"] == params.defaults(PHASES["pretrain"])["tokens"]
+
+
+def test_a_profile_that_is_named_counts_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a profile could not bring a value back to its default."""
+    folder = tmp_path / "params"
+    shutil.copytree(params.ROOT / "params", folder)
+    (folder / "mine").mkdir()
+    default = params.defaults(PHASES["pretrain"])["tokens"]
+    (folder / "mine/pretrain.yaml").write_text(f"tokens: {default}  # as the default\n")
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    finish("pretrain", tokens=5)
+    assert plan("pretrain")["pretrain"]["tokens"] == 5
+    assert plan("pretrain", "profile=mine")["pretrain"]["tokens"] == default
 
 
 def test_sweep_names_are_folder_names_on_the_same_base() -> None:

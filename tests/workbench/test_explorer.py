@@ -209,11 +209,10 @@ def test_batch_gives_a_figure_and_no_widget(monkeypatch: pytest.MonkeyPatch) -> 
     table = neurons()
     own = SimpleNamespace(**{**vars(PARAMS), "w_act": 0.5})
     arguments = (table, score.feature_table, examples(table), passage, score.PRESETS, own)
-    monkeypatch.setattr(explorer, "_in_notebook", lambda: True)
-    monkeypatch.delenv("TINYONN_BATCH", raising=False)
+    monkeypatch.setattr(explorer, "live", lambda: True)
     assert isinstance(explorer.explore(*arguments), ipywidgets.VBox)
     monkeypatch.setattr(explorer, "Explorer", None)  # nothing of the widget is made
-    monkeypatch.setenv("TINYONN_BATCH", "cluster")
+    monkeypatch.setattr(explorer, "live", lambda: False)
     figure = explorer.explore(*arguments)
     assert type(figure) is go.Figure
     buttons = {b.label: b.args[0] for b in figure.layout.updatemenus[0].buttons}

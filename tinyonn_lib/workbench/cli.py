@@ -161,7 +161,7 @@ def _plan(which: str, overrides: Sequence[str], sweep: bool) -> Plan:
     plan = []
     for phase in chosen:
         values = params.compose(phase, [*mine[phase.name], *for_all], shared.get("profile", ""))
-        given = {text.split("=", 1)[0] for text in mine[phase.name]}
+        given = {text.split("=", 1)[0] for text in mine[phase.name]} | params.overlay(phase, shared.get("profile", ""))
         plan.append((phase, _anchored(_kept(phase, values, given))))
     return [(phase, values) for phase, values in plan if which != "all" or phase.name in _wanted(plan)]
 
@@ -184,7 +184,7 @@ def _kept(phase: Phase, values: dict[str, Any], given: set[str]) -> dict[str, An
 def _anchored(values: dict[str, Any]) -> dict[str, Any]:
     """Paths made absolute, because notebooks run in another folder than the one the command was given in."""
     return {
-        key: str(Path(value).resolve()) if key in ("texts", "model") and value and Path(value).exists() else value
+        key: str(Path(value).resolve()) if key in runs.PATHS and value and Path(value).exists() else value
         for key, value in values.items()
     }
 

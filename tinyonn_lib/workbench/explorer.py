@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.workbench.page import TEMPLATE, write_atomic
 from tinyonn_lib.workbench.params import comments, defaults, validate
 from tinyonn_lib.workbench.phases import PHASES, ROOT
-from tinyonn_lib.workbench.progress import _in_notebook
+from tinyonn_lib.workbench.progress import live
 
 LOCAL = ROOT / "params" / "local"
 WEIGHTS = ("w_act", "w_grad", "w_freq")
@@ -61,7 +60,7 @@ def explore(
         params: The cluster phase's parameters; their weights and scope come first.
     """
     data = Data(neurons, features, examples)
-    if os.environ.get("TINYONN_BATCH") or not _in_notebook():
+    if not live():
         return _static(data, presets, params)
     return Explorer(data, passage, presets, params).box
 

@@ -88,22 +88,35 @@ def compose(phase: Phase, overrides: Sequence[str] = (), profile: str = "") -> d
             raise BenchError(f"'{text}' is not an override; write key=value, such as {next(iter(known))}=….")
         if key not in known:
             validate(phase, {key: None})
-    overlay = []
-    if profile:
-        folder = ROOT / "params" / profile
-        if not folder.is_dir():
-            names = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir() and p.name != "accelerate")
-            raise BenchError(f"There is no profile '{profile}' under params/. Known: {', '.join(names) or 'none yet'}.")
-        if (folder / f"{phase.name}.yaml").is_file():
-            overlay = [f"+{profile}@_global_={phase.name}"]
+    more = [f"+{profile}@_global_={phase.name}"] if overlay(phase, profile) else []
     try:
         with initialize_config_dir(str(ROOT / "params"), version_base="1.3"):
-            config = hydra_compose(phase.name, overrides=[*overlay, *overrides])
+            config = hydra_compose(phase.name, overrides=[*more, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise BenchError(f"{phase.name}: {_first_line(error)}") from None
     values = OmegaConf.to_container(config)
     assert isinstance(values, dict)
     return validate(phase, {str(k): v for k, v in values.items()}).model_dump()
+
+
+def overlay(phase: Phase, profile: str) -> set[str]:
+    """The parameters of a phase that a profile sets; none without a profile.
+
+    Raises:
+        BenchError: there is no such profile, or its file cannot be read.
+    """
+    if not profile:
+        return set()
+    folder = ROOT / "params" / profile
+    if not folder.is_dir():
+        names = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir() and p.name != "accelerate")
+        raise BenchError(f"There is no profile '{profile}' under params/. Known: {', '.join(names) or 'none yet'}.")
+    file = folder / f"{phase.name}.yaml"
+    try:
+        found = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BenchError(f"Cannot read params/{profile}/{file.name}: {_first_line(error)}") from error
+    return {str(key) for key in found or ()}
 
 
 def _first_line(error: Exception) -> str:

@@ -16,12 +16,18 @@ def reporter(what: str, unit: str, every: float = 10.0) -> Callable[[int, int, s
     A note that begins with "going on" tells where an earlier call stopped: it is shown at once, and the seconds left
     are reckoned from there.
     """
-    if os.environ.get("TINYONN_BATCH") or not _in_notebook():
-        return _lines(what, unit, every)
-    return _bar(what, unit)
+    return _bar(what, unit) if live() else _lines(what, unit, every)
 
 
-def _in_notebook() -> bool:
+def live() -> bool:
+    """Is somebody looking? False in batch, plain papermill and nbconvert included: widgets would be dead there.
+
+    Jupyter's server names the notebook to the kernels that it starts, VS Code leaves traces of its own.
+    """
+    if os.environ.get("TINYONN_BATCH"):
+        return False
+    if not any(name == "JPY_SESSION_NAME" or name.startswith("VSCODE_") for name in os.environ):
+        return False
     try:
         from IPython import get_ipython
     except ImportError:

@@ -33,6 +33,8 @@ NOT_OUTPUTS = {MANIFEST, FAILED, "notebook.ipynb", "report.html"}
 WHOLE_HASH = 64_000_000  # bytes: larger files of the user are told apart by size and time
 # Parameters that say where and in what steps a phase works, not what it computes: a change of these keeps the result.
 PLACE = ("run", "base", "redis_url", "flush_seconds", "checkpoint_seconds", "workers")
+# Parameters that may name a file or folder of the user's.
+PATHS = ("texts", "model", "other_texts", "choice")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "umap-learn", "plotly")
 
 State = Literal["done", "stale", "unfinished", "not run"]
@@ -96,8 +98,7 @@ def input_digests(phase: Phase, values: Mapping[str, Any]) -> dict[str, str]:
 
 def _external(values: Mapping[str, Any]) -> dict[str, str]:
     """Files and folders of the user's that parameters name: what they hold is an input like any other."""
-    named = ("texts", "model", "other_texts", "choice")
-    given = {key: Path(str(values[key])) for key in named if values.get(key)}
+    given = {key: Path(str(values[key])) for key in PATHS if values.get(key)}
     return {f"{key} {path.name}": _content(path) for key, path in given.items() if path.exists()}
 
 
