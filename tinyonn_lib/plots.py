@@ -25,6 +25,7 @@ DIVERGING = "RdBu_r"
 SEQUENTIAL = "Viridis"
 TABLE_ROWS = 80
 MAP_SAMPLE = 20_000
+CURVE_POINTS = 257
 
 _AXIS = {
     "gridcolor": "#e8ecef",
@@ -200,11 +201,12 @@ def distributions(neurons: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     columns = {"act": "mean |h|", "grad": "weight-gradient norm", "saliency": "|h·∂L/∂h|"}
+    drawn = stratified(neurons, MAP_SAMPLE)
     figure = make_subplots(1, 3, subplot_titles=list(columns.values()), horizontal_spacing=0.07)
     for column, name in enumerate(columns, 1):
-        for layer, rows in neurons[neurons[name] > 0].groupby("layer"):
+        for layer, rows in drawn[drawn[name] > 0].groupby("layer"):
             figure.add_violin(
-                y=np.log10(rows[name]),
+                y=np.log10(rows[name]).astype(np.float32),
                 name=str(layer),
                 showlegend=False,
                 marker_color=PALETTE[int(layer) % len(PALETTE)],
@@ -215,7 +217,9 @@ def distributions(neurons: pd.DataFrame) -> go.Figure:
             )
     figure.update_xaxes(title="layer", type="category")
     figure.update_yaxes(title="log10", col=1)
-    figure.update_layout(title=f"Per-neuron distributions (n = {len(neurons):,})", margin={"t": 80})
+    figure.update_layout(
+        title=f"Per-neuron distributions (n = {len(neurons):,}, {len(drawn):,} drawn)", margin={"t": 80}
+    )
     summary = neurons.groupby("layer")[list(columns)].quantile([0.05, 0.5, 0.95])
     summary = summary.rename_axis(["layer", "quantile"]).reset_index()
     zero = int((neurons["grad"] == 0).sum())
@@ -232,12 +236,12 @@ def activation_gradient(neurons: pd.DataFrame) -> go.Figure:
         _density(figure, np.log10(points["act"]), np.log10(points["grad"]), 80)
     for layer, rows in picked.groupby("layer"):
         figure.add_scattergl(
-            x=np.log10(rows["act"]),
-            y=np.log10(rows["grad"]),
+            x=np.log10(rows["act"]).astype(np.float32),
+            y=np.log10(rows["grad"]).astype(np.float32),
             mode="markers",
             name=f"layer {layer}",
             marker={"size": 4, "opacity": 0.6, "color": PALETTE[int(layer) % len(PALETTE)]},
-            customdata=np.stack([rows["layer"], rows["neuron"]], 1),
+            customdata=np.stack([rows["layer"], rows["neuron"]], 1).astype(np.int32),
             hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<extra></extra>",
         )
     ranks = layer_ranks(points, "act", "grad")
@@ -384,8 +388,9 @@ def ranking(scores: pd.DataFrame) -> go.Figure:
     """S_p sorted within each layer: rank as a share of the layer against score."""
     figure = go.Figure()
     for layer, rows in scores.groupby("layer"):
-        line = np.sort(rows["sp"].to_numpy())[::-1]
-        figure.add_scatter(x=np.linspace(0, 1, len(line)), y=line, mode="lines", name=f"layer {layer}")
+        shares = np.linspace(0, 1, min(len(rows), CURVE_POINTS))
+        line = np.quantile(rows["sp"], 1 - shares)
+        figure.add_scatter(x=shares, y=line.astype(np.float32), mode="lines", name=f"layer {layer}")
     figure.update_layout(title="S_p, best neuron first")
     figure.update_xaxes(title="share of the layer's neurons", tickformat=".0%")
     figure.update_yaxes(title="S_p (z-units)")
@@ -590,16 +595,8 @@ def explorer_map(points: pd.DataFrame, scores: Mapping[str, NDArray[np.float64]]
     picked = stratified(points, MAP_SAMPLE)
     colours = {name: score_colours(values[picked.index]) for name, values in scores.items()}
     figure = go.Figure()
-    if len(points) > len(picked):  # all of them, faintly, under the sample; counted here to keep the figure small
-        density, x, y = np.histogram2d(points["x"], points["y"], bins=120)
-        figure.add_heatmap(
-            x=(x[1:] + x[:-1]) / 2,
-            y=(y[1:] + y[:-1]) / 2,
-            z=np.where(density > 0, density, np.nan).T.astype(np.float32),
-            colorscale="Greys",
-            showscale=False,
-            hoverinfo="skip",
-        )
+    if len(points) > len(picked):
+        _density(figure, points["x"], points["y"], 160)
     figure.add_scattergl(
         x=picked["x"].to_numpy(np.float32),
         y=picked["y"].to_numpy(np.float32),
