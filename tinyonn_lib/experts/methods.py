@@ -14,7 +14,7 @@ import pandas as pd
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts import controls, routers
-from tinyonn_lib.experts.cluster import balanced_kmeans
+from tinyonn_lib.experts.balanced import balanced_kmeans
 from tinyonn_lib.experts.controls import with_shared
 from tinyonn_lib.experts.evidence import Evidence, LayerEvidence
 from tinyonn_lib.experts.partition import Labels, Partition, Shape

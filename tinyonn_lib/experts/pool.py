@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts.cluster import balanced_kmeans
+from tinyonn_lib.experts.balanced import balanced_kmeans
 from tinyonn_lib.experts.partition import DROPPED, SHARED, Partition
 from tinyonn_lib.experts.score import FEATURES
 
