@@ -37,18 +37,21 @@ class Loss:
 def loss(model: Any, samples: Sequence[Sequence[int]], batch: int = 16) -> Loss:
     """Next-token loss of every sample of token ids; padding never counts.
 
-    Samples of similar length share a batch; on a CPU the batches run in one thread per core. Returned in the order
-    given.
+    Samples of similar length share a batch of at most `batch`; on a CPU the batches run in one thread per core.
+    Returned in the order given.
     """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
-    batches = [order[begin : begin + batch] for begin in range(0, len(order), batch)]
     device = next(model.parameters()).device
+    shards = default_shards(device)
+    # As many batches for each thread: with three for two threads one core would wait for the other.
+    count = min(len(order), shards * -(-len(order) // (shards * batch)))
+    batches = [part.tolist() for part in np.array_split(order, count)] if order else []
     nats = np.zeros(len(samples))
 
     def measure(rows: list[int]) -> None:
         nats[rows] = _nats(model, [samples[i] for i in rows], device)
 
-    with threads(min(default_shards(device), len(batches))) as each:
+    with threads(max(1, min(shards, len(batches)))) as each:
         each(measure, batches)
     return Loss(nats, np.array([len(s) - 1 for s in samples], np.int64))
 
@@ -60,11 +63,14 @@ def _nats(model: Any, samples: Sequence[Sequence[int]], device: torch.device) ->
     for row, sample in enumerate(samples):
         ids[row, : len(sample)] = torch.tensor(sample)
     real = torch.arange(ids.shape[1]) < lengths[:, None]
-    ids, real = ids.to(device), real.to(device)
-    logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1].float()
-    # Flat: with the classes on the last axis it takes half the time.
-    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    found: NDArray[np.float64] = (each.view(len(ids), -1).double() * real[:, 1:]).sum(1).cpu().numpy()
+    # The last position has nothing to predict: ignoring it spares the copy of all logits that slicing it off costs.
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:].masked_fill(~real[:, 1:], -100)
+    logits = model(input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False).logits
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), reduction="none"
+    )
+    found: NDArray[np.float64] = each.view(len(ids), -1).double().sum(1).cpu().numpy()
     return found
 
 
