@@ -90,10 +90,12 @@ def whole_scan(neurons: int, layers: int) -> list[Row]:
         if method == "kmeans":
             scores["cluster"] = labels
     with clock("quality of kmeans"):
-        cluster.quality(points, (points, points), CLUSTERS, 0, "kmeans")
-    for name in ("umap", "tsne"):
+        halves = (points, points + 0.1 * np.random.default_rng(0).normal(size=points.shape))
+        cluster.quality(points, scores["cluster"].to_numpy(), halves, CLUSTERS, 0, "kmeans")
+    for make in (maps.umap_map, maps.tsne_map):
+        name = make.__name__.removesuffix("_map")
         with clock(f"map by {name}") as row:
-            place = maps.lay_out(name, points, 0, 15, 0.1)
+            place = make(points, 0, 15)
         if name == "umap":
             row["figure MB"] = len(plots.neuron_map(scores.join(place)).to_json()) / 1e6
     return clock.rows

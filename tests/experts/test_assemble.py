@@ -240,6 +240,32 @@ def test_adapters_and_models_without_gated_ffns_are_refused() -> None:
         weights.open_weights(adapted)
 
 
+def test_ffns_with_biases_are_refused(tmp_path: Path) -> None:
+    """Their experts would come out without the biases, as another model."""
+    model = dense("llama", mlp_bias=True)
+    for source in (weights.open_weights(model), models.ffns(model)):
+        with pytest.raises(BenchError, match=r"FFNs have biases \(mlp_bias\)"):
+            next(assemble.assemble(source, divide()))
+        with pytest.raises(BenchError, match=r"FFNs have biases \(mlp_bias\)"):
+            assemble.save_experts(source, divide(), tmp_path / "experts")
+    with pytest.raises(BenchError, match=r"FFNs have biases \(mlp_bias\)"):
+        weights.open_weights(model).neurons()
+    assert not list(tmp_path.iterdir())
+
+
+def test_norms_in_float32_do_not_make_a_float32_checkpoint(tmp_path: Path) -> None:
+    model = dense("qwen3").to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    model.save_pretrained(tmp_path / "dense")
+    for source in (weights.open_weights(model), weights.open_weights(tmp_path / "dense")):
+        assert source.read("model.norm.weight").dtype == torch.float32
+        assert source.dtype == torch.bfloat16
+    path = export.export(tmp_path / "dense", divide(), tmp_path / "moe")
+    assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_missing_experts_folder(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="holds no experts.safetensors"):
         assemble.load_experts(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tinyonn_lib.experts import router_file
 from tinyonn_lib.lm import tokenizer
 from tinyonn_lib.workbench import cli
 
@@ -24,14 +25,27 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_convert_divides_a_folder(tiny: Tiny, folder: Path, tmp_path: Path) -> None:
-    arguments = ["moe", "convert", str(folder), str(folder / "partition_sp.parquet"), str(tmp_path / "moe"), "-k", "2"]
+    arguments = ["moe", "convert", str(folder), str(folder / "partition_sp.parquet"), str(tmp_path / "moe")]
     assert cli.main(arguments) == 0
-    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
-    assert (type(moe).__name__, moe.config.num_experts_per_tok) == ("Glm4MoeForCausalLM", 2)
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32, num_experts_per_tok=4).eval()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32).eval()
+    assert (type(whole).__name__, whole.config.num_experts_per_tok) == ("Glm4MoeForCausalLM", 4)
     with torch.no_grad():
         expected = tiny.model(tiny.ids).logits
         assert (whole(tiny.ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_convert_with_a_router(folder: Path, tmp_path: Path) -> None:
+    rows, biases = [torch.randn(4, 32) for _ in range(2)], [torch.randn(4) for _ in range(2)]
+    router_file.save_routers(tmp_path / "mine.safetensors", rows, biases)
+    arguments = ["moe", "convert", str(folder), str(folder / "partition_sp.parquet"), str(tmp_path / "moe")]
+    assert cli.main([*arguments, "--routers", str(tmp_path / "mine.safetensors"), "-k", "2"]) == 0
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
+    assert moe.config.num_experts_per_tok == 2
+    for layer in range(2):
+        gate = moe.model.layers[layer].mlp.gate
+        assert torch.equal(gate.weight, rows[layer])
+        assert torch.equal(gate.e_score_correction_bias, biases[layer])
+    assert "| router | from mine.safetensors |" in (tmp_path / "moe" / "README.md").read_text()
 
 
 def test_gguf_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -47,6 +61,15 @@ def test_gguf_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
         (["{folder}", "{folder}/none.parquet", "out"], "none.parquet is not a partition table"),
         (["{folder}", "{folder}/config.json", "out"], "config.json is not a partition table"),
         (["{folder}", "{folder}/partition_sp.parquet", "out", "-k", "5"], "-k 5: the partition has 4 experts"),
+        (["{folder}", "{folder}/partition_sp.parquet", "out", "-k", "2"], "k=2 of 4 experts without a router"),
+        (
+            ["{folder}", "{folder}/partition_sp.parquet", "out", "--routers", "{folder}/none.safetensors"],
+            "none.safetensors: it is missing",
+        ),
+        (
+            ["{folder}", "{folder}/partition_sp.parquet", "out", "--routers", "{folder}/model.safetensors"],
+            "so it is no file of routers",
+        ),
         (["{folder}/none", "{folder}/partition_sp.parquet", "out"], "none"),
     ],
 )

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts import export
-from tinyonn_lib.experts.checkpoint import cut
+from tinyonn_lib.experts.checkpoint import cut, whole_folder
 from tinyonn_lib.lm import tokenizer
 
 from .dense import dense, divide
@@ -56,7 +56,8 @@ def folder(model: Any, tok: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
 
 def test_stranger_loads_it_and_gets_the_dense_logits(model: Any, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = export.export(model, divide(), tmp_path / "moe", tokenizer=tok, card={"partition": "sp"})
-    half = export.export(model, divide(), tmp_path / "half", k=2)
+    rows = [torch.randn(4, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    half = export.export(model, divide(), tmp_path / "half", k=2, routers=rows)
     proof, caught = export.verify_all([(path, model, IDS), (half, model, IDS)])
     assert caught["relative_error"] > 1e-3
     assert proof["class"] == "Qwen3MoeForCausalLM"
@@ -87,7 +88,7 @@ def test_a_folder_brings_its_tokenizer_licence_and_template(folder: Path, tmp_pa
 def test_the_card_tells_what_was_done(tmp_path: Path) -> None:
     part = divide(counts=(3, 6), sizes=(20, 9), dropped=2)
     card = {"ΔNLL, nats per token": "+0.1", "<b>x</b>|y\nz": "<script>"}
-    text = (export.export(dense("llama"), part, tmp_path / "moe", k=2, card=card) / "README.md").read_text()
+    text = (export.export(dense("llama"), part, tmp_path / "moe", card=card) / "README.md").read_text()
     for line in (
         "| partition | random |",
         "| experts per layer | 3 to 6 |",
@@ -97,11 +98,27 @@ def test_the_card_tells_what_was_done(tmp_path: Path) -> None:
         "| padding (zeros), all layers | 102 neurons in experts, 3 whole experts, 38 shared neurons |",
         "| ΔNLL, nats per token | +0.1 |",
         "| &lt;b&gt;x&lt;/b&gt;&#124;y z | &lt;script&gt; |",
-        "num_experts_per_tok=1",
+        "| router | none: zero rows, every expert on |",
+        "all experts tie and all have to be on",
         "equals the base model less its dropped neurons",
         "2·sigmoid(router logit)",
     ):
         assert line in text
+    assert "num_experts_per_tok" not in text  # it would leave the choice to chance
+
+
+def test_the_card_tells_of_the_router(tmp_path: Path) -> None:
+    rows, biases = [torch.randn(4, 32) for _ in range(2)], [torch.randn(4) for _ in range(2)]
+    for options, row, rule in (
+        ({"biases": biases, "card": {"router": "ridge"}}, "ridge", "sigmoid(router logit) + `e_score_correction_bias`"),
+        ({"biases": biases}, "linear, with a bias for the choice", "sigmoid(router logit) + `e_score"),
+        ({}, "linear", "Those with the highest router logits are on."),
+    ):
+        given: dict[str, Any] = {"k": 2, "routers": rows, **options}
+        text = (export.export(dense("qwen3"), divide(), tmp_path / "moe", **given) / "README.md").read_text()
+        assert f"| router | {row} |" in text
+        assert rule in text
+        assert "\nmodel = AutoModelForCausalLM.from_pretrained(folder, num_experts_per_tok=1)  # fewer active\n" in text
 
 
 @pytest.mark.parametrize(
@@ -218,8 +235,58 @@ def test_a_kill_leaves_no_half_checkpoint_and_the_next_export_clears_up(folder: 
         assert process.stdout.readline() == "shard\n"
         os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "moe").exists()
-    assert [path.name for path in tmp_path.iterdir()] == [".moe.partial"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
     export.export(folder, divide(), tmp_path / "moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_two_writers_of_one_folder_do_not_touch_each_other(tmp_path: Path) -> None:
+    target = tmp_path / "moe"
+    with whole_folder(target, "config.json") as first:
+        (first / "config.json").write_text("first")
+        with whole_folder(target, "config.json") as second:
+            (second / "config.json").write_text("second")
+        assert (target / "config.json").read_text() == "second"
+        assert (first / "config.json").read_text() == "first"
+    assert (target / "config.json").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+_HALFWAY = """
+import os, signal, sys
+from pathlib import Path
+from tinyonn_lib.experts.checkpoint import whole_folder
+rename = Path.rename
+def once(self, target):
+    rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = once
+with whole_folder(Path(sys.argv[1]), "config.json") as partial:
+    (partial / "config.json").write_text("new")
+"""
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "moe"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    done = subprocess.run([sys.executable, "-c", _HALFWAY, str(target)], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    with pytest.raises(RuntimeError), whole_folder(target, "config.json"):
+        raise RuntimeError("the next call fails, too")
+    assert (target / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_kill_after_the_renames_leaves_the_new_result(tmp_path: Path) -> None:
+    for name in ("moe", ".moe.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    with whole_folder(tmp_path / "moe", "config.json") as partial:
+        assert (tmp_path / "moe" / "config.json").read_text() == "moe"
+        (partial / "config.json").write_text("next")
+    assert (tmp_path / "moe" / "config.json").read_text() == "next"
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
 
@@ -240,8 +307,16 @@ def test_what_does_not_belong_together(model: Any, tmp_path: Path) -> None:
         ({"partition": divide(3, counts=(4, 4, 4))}, "3 layers and the model 2"),
         ({"k": 0}, "k=0 active experts: choose 1 to 4"),
         ({"k": 5}, "k=5 active experts"),
-        ({"routers": routers[:1]}, "2 routers with 4 to 4 rows of 32 are needed"),
-        ({"routers": [torch.zeros(5, 32)] * 2}, "2 routers with 4 to 4 rows"),
+        ({"k": 2}, "k=2 of 4 experts without a router: with zero rows all experts tie, so give routers"),
+        ({"biases": [torch.zeros(4)] * 2}, "Selection biases without routers"),
+        ({"routers": routers[:1]}, "rows do not belong to this partition and model: 1 layers instead of 2"),
+        ({"routers": [routers[0], torch.zeros(5, 32)]}, r"rows do not .*: layer 1 has \(5, 32\) instead of \(4, 32\)"),
+        (
+            {"routers": routers, "biases": [torch.zeros(3)] * 2},
+            r"biases do not .*: layer 0 has \(3,\) instead of \(4,\)",
+        ),
+        ({"routers": [routers[0], routers[0] * torch.nan]}, "rows of layer 1 hold NaN or infinity"),
+        ({"routers": routers, "biases": [torch.full((4,), torch.inf)] * 2}, "biases of layer 0 hold NaN or infinity"),
     ):
         options: dict[str, Any] = {"partition": divide(), **changes}
         with pytest.raises(BenchError, match=message):

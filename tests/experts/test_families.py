@@ -127,12 +127,16 @@ def test_routed_as_the_gates_say_and_k_adjustable(
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_padding_is_chosen_last_even_under_a_zero_router(tmp_path: Path) -> None:
-    """With ties everywhere only the selection bias keeps an expert of zeros from taking a real one's place."""
+@pytest.mark.parametrize("low", [None, 0.0, -100.0])
+def test_padding_is_chosen_last_whatever_the_router(low: float | None, tmp_path: Path) -> None:
+    """Only the selection bias keeps an expert of zeros from taking a real one's place."""
     model, part = dense("llama"), divide(counts=(3, 6), sizes=(20, 9))
-    moe: Any = AutoModelForCausalLM.from_pretrained(export.export(model, part, tmp_path / "moe", k=3))
+    rows = [torch.zeros(count, 32) for count in (3, 6)]
+    biases = None if low is None else [torch.full((count,), low) for count in (3, 6)]
+    folder = export.export(model, part, tmp_path / "moe", k=3, routers=rows, biases=biases)
+    moe: Any = AutoModelForCausalLM.from_pretrained(folder)
     bias = moe.model.layers[0].mlp.gate.e_score_correction_bias
-    assert bias.tolist() == [0, 0, 0, NEVER, NEVER, NEVER]
+    assert bias.tolist() == [low or 0] * 3 + [(low or 0) + NEVER] * 3
     _, _, chosen = moe.model.layers[0].mlp.gate(torch.randn(50, 32))
     assert chosen.sort(-1).values.tolist() == [[0, 1, 2]] * 50
     assert (moe.model.layers[0].mlp.experts.down_proj[3:] == 0).all()
@@ -194,6 +198,19 @@ def test_what_no_class_can_hold(kind: str, options: dict[str, Any], division: di
         family(config, divide(**division))
 
 
+def test_a_selection_bias_asks_for_sigmoid_gates() -> None:
+    from transformers import AutoConfig
+
+    for kind in SOURCES:
+        assert family(dense(kind).config, divide(), bias=True).architecture == G4
+    for kind, options, message in (
+        ("qwen3", {"attention_bias": True}, "Qwen3Moe has no selection bias; Glm4Moe has no bias after attention"),
+        ("mistral", {"sliding_window": 5}, "Glm4Moe has no sliding window; Qwen2Moe has no selection bias"),
+    ):
+        with pytest.raises(BenchError, match=message):
+            family(AutoConfig.for_model(kind, num_hidden_layers=2, **options), divide(), bias=True)
+
+
 def test_every_source_has_families_and_every_family_a_source() -> None:
     assert {name for names in SOURCES.values() for name in names} == set(FAMILIES)
 
@@ -247,7 +264,7 @@ def test_full_size_shapes_without_weights(name: str) -> None:
     assert target.architecture == architecture
     written = {}
     for key in shapes:
-        written |= {new: tuple(t.shape) for new, t in export._divided(key, source, target, layout, part, None)}
+        written |= {new: tuple(t.shape) for new, t in export._divided(key, source, target, layout, part)}
     with torch.device("meta"):
         moe = AutoModelForCausalLM.from_config(target.config(config, layout, 4))
     wanted = {key: tuple(p.shape) for key, p in moe.named_parameters()}

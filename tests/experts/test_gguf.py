@@ -28,6 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {  # dense
     "Qwen2Moe": ({"kind": "qwen2", "tie_word_embeddings": True}, {}, None),
     "Qwen2Moe, shared, routed": ({"kind": "qwen2"}, {"shared": 16}, 2),
     "Qwen3Moe, routed": ({"kind": "qwen3", "head_dim": 16, "tie_word_embeddings": True}, {"dropped": 4}, 2),
+    "Glm4Moe of Qwen2, routed with biases": ({"kind": "qwen2"}, {"shared": 16}, 2),
     "Glm4Moe of Qwen3, shared": ({"kind": "qwen3", "head_dim": 16}, {"shared": 16}, None),
     "Glm4Moe of Llama, linear rope": ({"kind": "llama", "rope_parameters": LINEAR}, {"shared": 8}, None),
     "Glm4Moe of Mistral, uneven, routed": ({"kind": "mistral"}, {"counts": (3, 6), "sizes": (20, 9)}, 3),
@@ -46,8 +47,10 @@ def folders(tok: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFacto
         part = divide(**division)
         generator = torch.Generator().manual_seed(1)
         routers = [torch.randn(len(index), 32, generator=generator) for index in part.experts] if k else None
+        biases = [torch.randn(len(index), generator=generator) for index in part.experts] if "bias" in name else None
         model = dense(**options, vocab_size=310)  # ten rows without a token
-        found[name] = export.export(model, part, base / str(i), tokenizer=tok, k=k, routers=routers)
+        given: dict[str, Any] = {"k": k, "routers": routers, "biases": biases}
+        found[name] = export.export(model, part, base / str(i), tokenizer=tok, **given)
     return found
 
 

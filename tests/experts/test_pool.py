@@ -8,7 +8,7 @@ import pytest
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.partition import DROPPED, SHARED
-from tinyonn_lib.experts.pool import pool
+from tinyonn_lib.experts.pool import _allot, pool
 from tinyonn_lib.experts.score import FEATURES
 
 
@@ -43,9 +43,27 @@ def test_seats_follow_the_votes(scores: pd.DataFrame) -> None:
     loud = scores.assign(sp=np.where(scores["layer"] == 2, 100.0, 0.0) + np.tile(np.arange(60), 3))
     assert [len(index) for index in pool(loud, experts=10, size=4).experts] == [0, 0, 10]
     # A full layer leaves its surplus to the others.
-    assert [len(index) for index in pool(loud, experts=20, size=4).experts] == [2, 3, 15] or [
-        len(index) for index in pool(loud, experts=20, size=4).experts
-    ] == [3, 2, 15]
+    assert [len(index) for index in pool(loud, experts=20, size=4).experts] == [3, 2, 15]
+
+
+@pytest.mark.parametrize(
+    ("votes", "seats", "expected"),
+    [
+        ([60, 25, 15], 10, [6, 3, 1]),  # 6, 2.5 and 1.5: equal remainders, the first gets the seat
+        ([61, 25, 14], 10, [6, 3, 1]),  # 6.1, 2.5, 1.4
+        ([259, 272, 269], 100, [32, 34, 34]),  # 32.4, 34.0, 33.6
+        ([100, 1, 0], 4, [2, 1, 1]),  # the first has room for two; what is left goes round
+    ],
+)
+def test_seats_by_largest_remainders(votes: list[int], seats: int, expected: list[int]) -> None:
+    room = np.array([2, 50, 50]) if votes[0] == 100 else np.array([50, 50, 50])
+    assert _allot(np.array(votes), room, seats).tolist() == expected
+
+
+def test_equal_votes_give_equal_seats() -> None:
+    given = _allot(np.full(40, 320), np.full(40, 54), 100)
+    assert given.sum() == 100
+    assert np.ptp(given) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -71,6 +73,43 @@ def test_score_table_has_the_signs_side_by_side(neurons: pd.DataFrame) -> None:
     np.testing.assert_allclose(found["sp_no_gradient"] - found["sp"], 0.5 * found["z_grad"], atol=1e-12)
     weighed = score.score_table(neurons.assign(weight=neurons["act"]))
     np.testing.assert_allclose(weighed["z_weight"], weighed["z_act"])
+
+
+@pytest.mark.parametrize("name", score.PRESETS)
+def test_every_definition_is_a_score_table(neurons: pd.DataFrame, name: str) -> None:
+    each = score.PRESETS[name]
+    found = score.score_table(neurons, each.act, each.grad, each.freq, each.scope, each.log)
+    np.testing.assert_array_equal(found["sp"], score.presets(neurons)[name])
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_choice_marks_its_neurons_once(neurons: pd.DataFrame, tmp_path: Path, ending: str) -> None:
+    table = neurons.loc[[3, 12, 3], ["neuron", "layer"]]  # in any order, and twice
+    path = tmp_path / f"choice.{ending}"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    assert np.flatnonzero(score.mark(neurons, str(path))).tolist() == [3, 12]
+    assert not score.mark(neurons, "").any()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("layer,neuron\n0,1\n7,7\n7,7\n", "names 1 neurons that this model has not"),
+        ("layer,neuron\na,b\n0,\n", "names 2 neurons that this model has not"),
+        ("layer\n0\n", "not a table of layer and neuron"),
+        ("", "not a table of layer and neuron"),
+        (None, "not a table of layer and neuron"),
+    ],
+    ids=["strange", "no numbers", "no column", "empty", "no file"],
+)
+@pytest.mark.filterwarnings("error")
+def test_bad_choice_is_told_in_one_line(neurons: pd.DataFrame, tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "choice.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(BenchError, match=said) as caught:
+        score.mark(neurons, str(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_delta_sc_is_activation_minus_gradient(neurons: pd.DataFrame) -> None:

@@ -68,8 +68,20 @@ def test_every_row_once_an_epoch() -> None:
 
 def test_splits_that_came_with_the_texts_stay(texts: pd.DataFrame, tmp_path: Path) -> None:
     file = tmp_path / "texts.parquet"
-    texts.assign(split="heldout").to_parquet(file)
-    assert set(samples.divided(file, seed=0)["split"]) == {"heldout"}
+    own = ["calibration", *["heldout"] * (len(texts) - 1)]
+    texts.assign(split=own).to_parquet(file)
+    assert samples.divided(file, seed=0)["split"].tolist() == own
+    texts.assign(split="test").to_parquet(file)
+    with pytest.raises(BenchError, match="'split' without calibration and heldout"):
+        samples.divided(file, seed=0)
     texts.to_parquet(file)
     made = samples.divided(file, seed=0)
     assert set(made["split"]) == {"train", "calibration", "heldout"}
+
+
+def test_text_from_another_domain_has_a_name(tmp_path: Path) -> None:
+    tok = tokenizer.train_bpe(["some words to learn from", "and some more words"], 300)
+    assert list(samples.other("", tok, 200, 32, 0)) == ["Python code"]
+    for name, expected in (("letters.txt", "letters"), ("held-out.txt", str(tmp_path / "held-out.txt"))):
+        (tmp_path / name).write_text("Dear sir, some words.\n\nYours, and some more words.")
+        assert list(samples.other(str(tmp_path / name), tok, 200, 32, 0)) == [expected]

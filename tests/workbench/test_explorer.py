@@ -22,7 +22,7 @@ from tinyonn_lib.workbench import explorer, params
 from tinyonn_lib.workbench.phases import PHASES, ROOT
 
 HOSTILE = "<img src=x onerror=alert(1)>"
-PARAMS = SimpleNamespace(w_act=1.0, w_grad=1.0, w_freq=1.0, scope="layer", run="default")
+PARAMS = SimpleNamespace(w_act=1.0, w_grad=1.0, w_freq=1.0, scope="layer", log=True, run="default")
 RIGHT = [[0.5, -1.0], [2.0, -1.0], [2.0, 2.0], [0.5, 2.0]]
 
 
@@ -31,7 +31,7 @@ def neurons(layers: int = 2, each: int = 30) -> pd.DataFrame:
     size = layers * each
     frame = pd.DataFrame(rng.lognormal(size=(size, 4)), columns=list(explorer.STATISTICS))
     frame[["x", "y"]] = rng.normal(size=(size, 2))
-    frame["cluster"] = rng.integers(0, 3, size)
+    frame["cluster"], frame["chosen"] = rng.integers(0, 3, size), False
     return frame.assign(layer=np.repeat(np.arange(layers), each), neuron=np.tile(np.arange(each), layers))
 
 
@@ -120,9 +120,28 @@ def test_region_chooses_also_what_is_not_drawn(monkeypatch: pytest.MonkeyPatch) 
     assert f"{right.sum()} of 60 neurons chosen" in made.panel.value
     made.map.regions = [RIGHT, [[-1, -1], [0.5, -1], [0.5, 2], [-1, 2]]]
     assert made.chosen.all()
+    made.map.regions = [RIGHT]
+    np.testing.assert_array_equal(np.frombuffer(made.map.chosen, np.uint8), right[made.drawn])
     made.map.regions = []
+    assert made.map.chosen == b""
     assert not made.chosen.any()
     assert "No neuron chosen" in made.panel.value
+
+
+def test_choice_of_the_parameters_is_there_at_the_start() -> None:
+    table = neurons()
+    x = table["x"].to_numpy()
+    right, start = x > (x.min() + x.max()) / 2, np.arange(60) % 7 == 0
+    made = explorer.Explorer(data(table.assign(chosen=start)), passage, score.PRESETS, PARAMS)
+    assert "9 of 60 neurons chosen" in made.panel.value
+    np.testing.assert_array_equal(np.frombuffer(made.map.chosen, np.uint8), start[made.drawn])
+    made.map.regions = [*made.map.regions, RIGHT]  # with Shift
+    np.testing.assert_array_equal(made.chosen, start | right)
+    made.map.regions = [RIGHT]
+    np.testing.assert_array_equal(made.chosen, right)
+    made = explorer.Explorer(data(table.assign(chosen=start)), passage, score.PRESETS, PARAMS)
+    made.map.regions = []  # a double click
+    assert not made.chosen.any()
 
 
 def test_panel_shows_statistics_tokens_and_texts_escaped(made: explorer.Explorer) -> None:
@@ -156,11 +175,12 @@ def test_save_is_what_the_command_line_composes(
     local = tmp_path / "params" / "local"
     monkeypatch.setattr(params, "ROOT", tmp_path)
     monkeypatch.setattr(explorer, "LOCAL", local)
-    made.sliders[1].value, made.scope.value = -0.35, "global"
+    made.preset.value = "document"
+    made.sliders[1].value = -0.35
     made.map.regions = [RIGHT]
     made.save.click()
     values = params.compose(PHASES["cluster"], profile="local")
-    assert (values["w_act"], values["w_grad"], values["scope"]) == (1.0, -0.35, "global")
+    assert (values["w_act"], values["w_grad"], values["scope"], values["log"]) == (1.0, -0.35, "global", False)
     saved = pd.read_parquet(values["choice"])
     expected = neurons().loc[made.chosen, ["layer", "neuron"]].reset_index(drop=True)
     pd.testing.assert_frame_equal(saved, expected)
@@ -170,10 +190,14 @@ def test_save_is_what_the_command_line_composes(
     # Other parameters of the overlay stay, those of the explorer are replaced; without neurons no choice is named.
     (local / "cluster.yaml").write_text("clusters: 5  # mine\n" + (local / "cluster.yaml").read_text("utf-8"), "utf-8")
     made.map.regions = []
-    made.sliders[1].value = 0.0
+    made.preset.value = "ancestor"
     made.save.click()
     values = params.compose(PHASES["cluster"], profile="local")
-    assert (values["clusters"], values["w_grad"], values["choice"]) == (5, 0.0, "")
+    assert (values["clusters"], values["w_freq"], values["scope"], values["choice"]) == (5, 0.0, "layer", "")
+    # Where a run ended, the explorer starts.
+    again = explorer.Explorer(data(), passage, score.PRESETS, SimpleNamespace(**values))
+    assert again.preset.value == "ancestor"
+    np.testing.assert_array_equal(again.scores, made.scores)
     assert not [line for line in params.lint([local / "cluster.yaml"]) if "longer" not in line]
 
 
@@ -198,10 +222,6 @@ def test_failed_save_says_so_and_leaves_what_was(
         made.save.click()
     assert "No space left" in made.said.value
     assert "<img" not in made.said.value
-    assert list(tmp_path.iterdir()) == []
-    made.log.value = False
-    made.save.click()
-    assert "logarithms" in made.said.value
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,8 +249,9 @@ def test_batch_gives_a_figure_and_no_widget(monkeypatch: pytest.MonkeyPatch) -> 
     assert meta["table"]["rows"][0][1:3] == table.loc[first, ["layer", "neuron"]].astype(int).tolist()
     assert "␣the" in meta["table"]["rows"][0][4]
     # Where the parameters are a definition that has a name, it stands there once.
-    figure = explorer.explore(*arguments[:-1], PARAMS)
-    assert [b.label for b in figure.layout.updatemenus[0].buttons] == list(score.PRESETS)
+    for own in (PARAMS, SimpleNamespace(**{**vars(PARAMS), "scope": "global", "log": False})):
+        figure = explorer.explore(*arguments[:-1], own)
+        assert [b.label for b in figure.layout.updatemenus[0].buttons] == list(score.PRESETS)
 
 
 def test_rescoring_costs_a_small_part_of_new_z_scores() -> None:

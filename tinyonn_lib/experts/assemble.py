@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.checkpoint import SHARD_BYTES, Shards, cut, whole_folder
 from tinyonn_lib.experts.partition import Partition
-from tinyonn_lib.experts.weights import FFN_PARTS, Weights, dense_weight, ffn_name, open_file, read_tensor, tensor_files
+from tinyonn_lib.experts.weights import (
+    BIASED,
+    FFN_PARTS,
+    Weights,
+    dense_weight,
+    ffn_name,
+    open_file,
+    read_tensor,
+    tensor_files,
+)
 from tinyonn_lib.lm.models import FFN
 
 __all__ = ["Experts", "TinyONNExpert", "assemble", "dense_weight", "load_experts", "save_experts"]
@@ -59,7 +68,8 @@ def _layers(source: Source, partition: Partition) -> Iterator[tuple[Tensor, Tens
     """Gate, up and down of one layer after the other, each dequantised when its turn comes.
 
     Raises:
-        BenchError: The partition belongs to a model of another depth or width, or leaves out or doubles a neuron.
+        BenchError: The partition belongs to a model of another depth or width, or leaves out or doubles a neuron, or
+            the FFNs have biases.
     """
     if isinstance(source, Weights):
         partition.check(source.neurons())
@@ -67,6 +77,8 @@ def _layers(source: Source, partition: Partition) -> Iterator[tuple[Tensor, Tens
             gate, up, down = (source.read(ffn_name(layer, part)) for part in FFN_PARTS)
             yield gate, up, down
     else:
+        if any(linear.bias is not None for ffn in source for linear in (ffn.gate, ffn.up, ffn.down)):
+            raise BenchError(BIASED)
         partition.check([ffn.neurons for ffn in source])
         for ffn in source:
             yield dense_weight(ffn.gate), dense_weight(ffn.up), dense_weight(ffn.down)
@@ -82,7 +94,8 @@ def assemble(source: Source, partition: Partition) -> Iterator[list[TinyONNExper
     """The routed experts of one layer after the other, so that only one layer is held twice.
 
     Raises:
-        BenchError: The partition belongs to a model of another depth or width, or leaves out or doubles a neuron.
+        BenchError: The partition belongs to a model of another depth or width, or leaves out or doubles a neuron, or
+            the FFNs have biases.
     """
     act = _act(source)
     for matrices, index in zip(_layers(source, partition), partition.experts, strict=True):

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -18,8 +18,30 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")
 
 
+Rule = Literal["zero", "linear", "biased"]
+
+RULES: dict[Rule, tuple[str, str]] = {
+    "zero": (
+        "none: zero rows, every expert on",
+        "There is no router: its rows are zero, so all experts tie and all have to be on.",
+    ),
+    "linear": ("linear", "Those with the highest router logits are on."),
+    "biased": (
+        "linear, with a bias for the choice",
+        "Those with the highest sigmoid(router logit) + `e_score_correction_bias` are on.",
+    ),
+}
+"""How experts are chosen, for the card's table and text."""
+
+
 def model_card(
-    weights: Weights, family: Family, layout: Layout, partition: Partition, k: int, facts: Mapping[str, Any]
+    weights: Weights,
+    family: Family,
+    layout: Layout,
+    partition: Partition,
+    k: int,
+    rule: Rule,
+    facts: Mapping[str, Any],
 ) -> str:
     """The text of README.md, with the front matter that the hub reads."""
     base, revision = lineage(weights)
@@ -38,6 +60,7 @@ def model_card(
         "shared neurons per layer": _range([len(part) for part in partition.shared]),
         "dropped neurons, all layers": sum(len(part) for part in partition.dropped),
         "padding (zeros), all layers": padding(family, layout, partition),
+        "router": RULES[rule][0],
         **facts,
     }
     if family.model_type == "qwen2_moe" and (window := Traits.of(weights.config).window):
@@ -50,6 +73,9 @@ def model_card(
         f"{layout.experts}{rounded}",
         "sigmoid": "2·sigmoid(router logit), not renormalised",
     }[family.gates]
+    fewer = (
+        f"model = AutoModelForCausalLM.from_pretrained(folder, num_experts_per_tok={max(1, k // 2)})  # fewer active\n"
+    )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n"
         f"# {html.escape(base)}, its FFNs divided into experts\n\n"
@@ -57,9 +83,9 @@ def model_card(
         "per token. An expert is rows of the base model's `gate_proj` and `up_proj` and columns of its `down_proj`.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)  # no remote code\n"
-        f"model = AutoModelForCausalLM.from_pretrained(folder, num_experts_per_tok={max(1, k // 2)})  # fewer active\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
-        f"An expert's output counts {gates}. With a zero router and every expert on, the model equals the base model"
+        f"{fewer if rule != 'zero' else ''}tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
+        f"{RULES[rule][1]} An expert's output counts {gates}. With a zero router and every expert on, the model equals "
+        "the base model"
         f"{' less its dropped neurons' if any(len(part) for part in partition.dropped) else ''}.\n\n"
         f"| | |\n|---|---|\n{table}\n"
     )

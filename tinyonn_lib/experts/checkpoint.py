@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
+import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +24,8 @@ SHARD_BYTES = 2_000_000_000
 def whole_folder(folder: Path, marker: str) -> Iterator[Path]:
     """A folder to write into that becomes `folder` at the end of the block; after an error or a kill it never does.
 
+    Several processes may write the same folder at once: each has its own to write into, and the last one counts.
+
     Args:
         marker: a file by which an earlier result is known; such a folder is replaced, once the new one is whole.
 
@@ -27,23 +33,64 @@ def whole_folder(folder: Path, marker: str) -> Iterator[Path]:
         BenchError: `folder` is something else, or it cannot be written (disk full, no permission).
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and ((folder / marker).exists() or not any(folder.iterdir()))):
-        raise BenchError(f"{folder} exists and is no earlier result (it holds no {marker}): choose another folder.")
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.old")
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    with ExitStack() as held:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.parent):
+                _clear_up(folder, old)
+                if folder.exists() and not (
+                    folder.is_dir() and ((folder / marker).exists() or not any(folder.iterdir()))
+                ):
+                    raise BenchError(
+                        f"{folder} exists and is no earlier result (it holds no {marker}): choose another folder."
+                    )
+                partial.mkdir()
+                held.enter_context(_locked(partial))  # ends with this process, however that ends
+            yield partial
+            with _locked(folder.parent):
+                if folder.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    folder.rename(old)
+                partial.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise BenchError(
+                f"Cannot write {folder}: {reason}. Nothing was left there; make room and repeat."
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock on a folder, which leaves no file there; on file systems without locks, go on without.
+
+    Raises:
+        OSError: with `wait` false, somebody else has it, or there are no locks.
+    """
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-        raise BenchError(f"Cannot write {folder}: {reason}. Nothing was left there; make room and repeat.") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                raise
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def _clear_up(folder: Path, old: Path) -> None:
+    """What killed processes have left beside `folder`; an earlier result comes back if its successor never came."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        with suppress(OSError), _locked(partial, wait=False):  # a living writer holds it
+            shutil.rmtree(partial)
 
 
 class Shards:

@@ -21,6 +21,7 @@ Labels = NDArray[np.int64]
 KMEANS_SAMPLE = 50_000
 HDBSCAN_SAMPLE = 10_000
 SILHOUETTE_SAMPLE = 3_000
+QUALITY_SAMPLE = 20_000
 NOISE = -1
 
 
@@ -103,53 +104,114 @@ def silhouette(points: Points, labels: Labels, seed: int) -> float:
 
 
 def agreement(one: Labels, other: Labels) -> float:
-    """Adjusted Rand index of two clusterings of the same points (Hubert and Arabie 1985): 1 the same, 0 by chance."""
+    """Adjusted Rand index of two clusterings of the same points (Hubert and Arabie 1985): 1 the same, 0 by chance.
+
+    Only of the points that are in a cluster in both; NaN where these are in fewer than two clusters of either.
+    """
     from sklearn.metrics import adjusted_rand_score
 
-    return float(adjusted_rand_score(one, other))
+    both = (one != NOISE) & (other != NOISE)
+    if min(len(np.unique(one[both])), len(np.unique(other[both]))) < 2:
+        return float("nan")
+    return float(adjusted_rand_score(one[both], other[both]))
 
 
-def stability(points: Points, labels_of: Callable[[Points, int], Labels], seeds: Sequence[int]) -> float:
-    """Mean agreement between the clusterings that `labels_of(points, seed)` gives with different seeds."""
-    found = [labels_of(points, seed) for seed in seeds]
-    return float(np.mean([agreement(one, other) for one, other in combinations(found, 2)]))
+def stability(pairs: Sequence[tuple[Labels, Labels]]) -> tuple[float, float]:
+    """Mean agreement of pairs of clusterings, NaN where one has none, and the mean share of points it is about."""
+    shares = [((one != NOISE) & (other != NOISE)).mean() for one, other in pairs]
+    return float(np.mean([agreement(*pair) for pair in pairs])), float(np.mean(shares))
 
 
 def quality(
-    points: Points, halves: tuple[Points, Points] | None, clusters: int, seed: int, method: str = "kmeans"
+    points: Points,
+    labels: Labels,
+    halves: tuple[Points, Points] | None,
+    clusters: int,
+    seed: int,
+    method: str = "kmeans",
 ) -> pd.DataFrame:
     """What the clusters of a method are worth, beside a control without structure.
 
+    All but the first two measures are of the same `QUALITY_SAMPLE` points at random where there are more.
+
     Args:
         points: `(n, d)`, a row per neuron.
-        halves: The same neurons' rows from two halves of the data, `(n, d)` each; None where there are none.
+        labels: The clusters that the method found, `(n,)`.
+        halves: The same neurons' rows from two halves of the data, `(n, e)` each; None where there are none. Columns
+            that are the same in both are left out: they would agree whatever the data.
         clusters, seed, method: As for `find`.
 
     Returns:
-        Frame with `measure, value, meaning`.
+        Frame with `measure, value, meaning`; a value is NaN where there is nothing to compare, and `meaning` says why.
     """
-
-    def labels_of(some: Points, number: int) -> Labels:
-        return find(method, some, clusters, number)
-
-    labels = labels_of(points, seed)
-    shuffled = np.random.default_rng(seed).permuted(points, axis=0)
-    control = silhouette(shuffled, labels_of(shuffled, seed), seed)
+    drawn = _sample(len(points), QUALITY_SAMPLE, seed)
+    some = points[drawn]
+    about = f"; {len(drawn):,} neurons at random" if len(drawn) < len(points) else ""
+    # HDBSCAN itself has no seed, only the sample that it is given.
+    by_chance = method != "hdbscan" or len(drawn) > HDBSCAN_SAMPLE
+    seeds = (seed, seed + 1, seed + 2) if by_chance else (seed,)
     rows = [
-        ("clusters", len(np.unique(labels[labels != NOISE])), "how many were found"),
+        ("clusters", float(len(np.unique(labels[labels != NOISE]))), "how many were found"),
         ("noise", float((labels == NOISE).mean()), "share of neurons in no cluster"),
-        ("silhouette", silhouette(points, labels, seed), "1 islands, 0 a continuum cut into pieces"),
-        ("silhouette, shuffled", control, "control: the same method, every column shuffled by itself"),
-        (
-            "agreement, seeds",
-            stability(points, labels_of, (seed, seed + 1, seed + 2)),
-            "adjusted Rand index over three seeds: 1 the same clusters, 0 chance",
-        ),
     ]
+
+    def add(measure: str, value: float, meaning: str, why_not: str = "fewer than two clusters to compare") -> None:
+        rows.append((measure, value, (f"no value: {why_not}" if np.isnan(value) else meaning) + about))
+
+    def add_agreement(measure: str, pairs: list[tuple[Labels, Labels]], meaning: str) -> None:
+        value, share = stability(pairs)
+        add(measure, value, meaning + (f", of the {share:.1%} of neurons in a cluster both times" if share < 1 else ""))
+
+    shuffled = np.random.default_rng(seed).permuted(some, axis=0)
+    control = silhouette(shuffled, find(method, shuffled, clusters, seed), seed)
+    add("silhouette", silhouette(some, labels[drawn], seed), "1 islands, 0 a continuum cut into pieces")
+    add("silhouette, shuffled", control, "control: the same method, every column shuffled by itself")
+    if by_chance:
+        found = [find(method, some, clusters, each) for each in seeds]
+        meaning = "adjusted Rand index over three seeds: 1 the same clusters, 0 chance"
+        add_agreement("agreement, seeds", list(combinations(found, 2)), meaning)
+    else:
+        add("agreement, seeds", np.nan, "", f"{method} finds the same with every seed in so few neurons")
     if halves is not None:
-        agreed = agreement(labels_of(halves[0], seed), labels_of(halves[1], seed))
-        rows.append(("agreement, halves", agreed, "adjusted Rand index of clusters from two halves of the data"))
+        one, other = (half[drawn] for half in halves)
+        differs = (one != other).any(0)
+        if differs.any():
+            one, other = one[:, differs], other[:, differs]
+            pairs = [(find(method, one, clusters, each), find(method, other, clusters, each)) for each in seeds]
+            mean = ", mean over three seeds (each in both)" if by_chance else ""
+            without = _left_out(int((~differs).sum()), points.shape[1] - len(differs))
+            meaning = f"adjusted Rand index of clusters from two halves of the data{mean}{without}"
+            add_agreement("agreement, halves", pairs, meaning)
+        else:
+            add("agreement, halves", np.nan, "", "the halves do not differ")
     return pd.DataFrame(rows, columns=["measure", "value", "meaning"])
+
+
+def _left_out(same: int, missing: int) -> str:
+    """How many columns the halves are clustered without, and why, in words."""
+    parts = [f"{same} the same in both"] if same else []
+    parts += [f"{missing} that only the whole has"] if missing else []
+    return f", without feature columns: {' and '.join(parts)}" if parts else ""
+
+
+def verdict(measured: pd.Series) -> str:
+    """What `quality` found, in words.
+
+    Args:
+        measured: its values by measure, those that have one.
+    """
+    count, own, control = (measured.get(name) for name in ("clusters", "silhouette", "silhouette, shuffled"))
+    if own is None:
+        return f"{count:.0f} clusters were found: there is nothing to compare."
+    said = f"{count:.0f} clusters have a silhouette of {own:.2f}"
+    if control is None:
+        said += "; in shuffled columns the method finds none"
+    else:
+        said += f", shuffled columns {control:.2f}: {'structure' if own > control + 0.05 else 'no more than chance'}"
+    said += ", in pieces of a continuum rather than islands." if own < 0.5 else "."
+    if (halves := measured.get("agreement, halves")) is not None:
+        said += f" Clusters from two halves of the texts agree by {halves:.2f} (adjusted Rand index)."
+    return said
 
 
 def _sample(n: int, most: int, seed: int) -> NDArray[np.int64]:

@@ -16,7 +16,12 @@ def moe(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("model", help="folder or hub id of the dense model")
     convert.add_argument("partition", type=Path, help="which neuron goes where: a partition_*.parquet of 04_experts")
     convert.add_argument("out", type=Path, help="folder of the checkpoint")
-    convert.add_argument("-k", type=int, help="active experts per token that the checkpoint asks for (default: all)")
+    convert.add_argument(
+        "--routers", type=Path, metavar="FILE", help="who chooses the experts: a routers.safetensors of 04_experts"
+    )
+    convert.add_argument(
+        "-k", type=int, help="active experts per token that the checkpoint asks for; needs --routers (default: all)"
+    )
     gguf = commands.add_parser("gguf", help="write a checkpoint as a GGUF file for llama.cpp")
     gguf.set_defaults(do=_gguf)
     gguf.add_argument("checkpoint", type=Path, help="folder that 04_experts, 05_router or convert wrote")
@@ -30,6 +35,7 @@ def _convert(args: argparse.Namespace) -> None:
     from tinyonn_lib.errors import BenchError
     from tinyonn_lib.experts.export import export
     from tinyonn_lib.experts.partition import Partition
+    from tinyonn_lib.experts.router_file import load_routers
 
     try:
         part = Partition.from_table(pd.read_parquet(args.partition), args.partition.stem.removeprefix("partition_"))
@@ -40,7 +46,9 @@ def _convert(args: argparse.Namespace) -> None:
         raise BenchError(f"{args.partition} is not a partition table of 04_experts: {reason}") from error
     if args.k is not None and not 1 <= args.k <= part.count:
         raise BenchError(f"-k {args.k}: the partition has {part.count} experts per layer, choose 1 to {part.count}.")
-    export(args.model, part, args.out, k=args.k, card={"partition": part.method, "router": "zero rows"})
+    weights, biases = load_routers(args.routers) if args.routers else (None, None)
+    card = {"router": f"from {args.routers.name}"} if args.routers else {}
+    export(args.model, part, args.out, k=args.k, routers=weights, biases=biases, card=card)
     print(f"{args.out}: AutoModelForCausalLM.from_pretrained loads it")
 
 

@@ -190,7 +190,7 @@ def token_clusters(evidence: LayerEvidence, experts: int, seed: int) -> Tensor:
     Raises:
         BenchError: fewer tokens than experts.
     """
-    x = evidence.tokens.x
+    x = evidence.x
     if len(x) < experts:
         raise BenchError(
             f"{len(x)} calibration tokens cannot be divided among {experts} experts: use more tokens or fewer experts."
@@ -201,7 +201,7 @@ def token_clusters(evidence: LayerEvidence, experts: int, seed: int) -> Tensor:
 
 def importance(evidence: LayerEvidence, centres: Tensor) -> Floats:
     """Mean |h·∂L/∂h| of each neuron over the tokens that each centre's router row wins, `(experts, d_ffn)`."""
-    winner = (evidence.tokens.x.double() @ centres.T).argmax(1)
+    winner = (evidence.x.double() @ centres.T).argmax(1)
     chosen = torch.nn.functional.one_hot(winner, len(centres)).float()
     sums = chosen.T @ evidence.tokens.saliency.float()
     return (sums / chosen.sum(0).clamp(min=1)[:, None]).double().numpy()

@@ -22,7 +22,7 @@ class Tokens:
     """What calibration tokens do in one layer, T of them, in the order of the texts.
 
     Attributes:
-        x: the FFN's input, `(T, d_model)`.
+        x: the FFN's input, `(T, d_model)`, in the model's precision.
         sample: which sample each token is from, `(T,)`.
         saliency: |h·∂L/∂h| of the sample's mean next-token loss, bfloat16 `(T, d_ffn)`.
     """
@@ -54,14 +54,19 @@ class LayerEvidence:
     tokens: Tokens
 
     @cached_property
+    def x(self) -> Tensor:
+        """The tokens' inputs in the weights' precision, `(T, d_model)`."""
+        return self.tokens.x.to(self.gate.dtype)
+
+    @cached_property
     def gates(self) -> Tensor:
         """act(x Gᵀ), `(T, d_ffn)`."""
-        return self.act(self.tokens.x @ self.gate.T)
+        return self.act(self.x @ self.gate.T)
 
     @cached_property
     def h(self) -> Tensor:
         """act(x Gᵀ) ⊙ (x Uᵀ), `(T, d_ffn)`."""
-        return self.gates * (self.tokens.x @ self.up.T)
+        return self.gates * (self.x @ self.up.T)
 
     @cached_property
     def contribution(self) -> Tensor:
@@ -72,7 +77,7 @@ class LayerEvidence:
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the tokens' x, float64: mean `(d_model,)`, and after centring left singular vectors `(T, r)` and squared
         singular values `(r,)`, those above rounding error; found once for all routers that are fitted to x."""
-        x = self.tokens.x.double()
+        x = self.x.double()
         middle = x.mean(0)
         return (middle, *_left_singular(x - middle))
 
@@ -122,11 +127,13 @@ class Evidence:
         joined = neurons.merge(scores.drop(columns=twice), on=["layer", "neuron"], how="outer").sort_values(
             ["layer", "neuron"]
         )
-        if joined.isna().any(axis=None):
-            column = joined.columns[joined.isna().any()][0]
+        numbers = joined.select_dtypes("number")
+        bad = ~np.isfinite(numbers)
+        if bad.any(axis=None):
+            column = numbers.columns[bad.any()][0]
             raise BenchError(
-                f"{int(joined[column].isna().sum())} neurons have no value (NaN) for '{column}': statistics and scores "
-                "must be of one scan; run scan and cluster again."
+                f"{int(bad[column].sum())} neurons have no finite value for '{column}': statistics and scores must "
+                "be of one scan; run scan and cluster again."
             )
         self._rows = [rows.reset_index(drop=True) for _, rows in joined.groupby("layer")]
 
@@ -135,10 +142,10 @@ class Evidence:
 
     def __iter__(self) -> Iterator[LayerEvidence]:
         """One layer after the other, so that only one layer's weights and activations are held."""
-        for number, (ffn, rows, tokens) in enumerate(zip(self.ffns, self._rows, self.tokens, strict=True)):
+        for ffn, rows, tokens in zip(self.ffns, self._rows, self.tokens, strict=True):
             gate, up, down = (dense_weight(m).float().cpu() for m in (ffn.gate, ffn.up, ffn.down))
             act: Any = ffn.module.act_fn
-            yield LayerEvidence(number, rows, gate, up, down, act, tokens)
+            yield LayerEvidence(ffn.layer, rows, gate, up, down, act, tokens)
 
 
 def check(neurons: pd.DataFrame, ffns: Sequence[FFN]) -> None:
@@ -147,12 +154,12 @@ def check(neurons: pd.DataFrame, ffns: Sequence[FFN]) -> None:
     Raises:
         BenchError: it belongs to another model.
     """
-    found = neurons.groupby("layer").size().tolist()
-    expected = [ffn.neurons for ffn in ffns]
+    found = {int(layer): int(size) for layer, size in neurons.groupby("layer").size().items()}
+    expected = {ffn.layer: ffn.neurons for ffn in ffns}
     if found != expected:
         raise BenchError(
-            f"The statistics have {len(found)} layers of {max(found, default=0)} neurons and the model "
-            f"{len(expected)} of {max(expected)}: they belong to another model; scan this one."
+            f"The statistics have {len(found)} layers of {max(found.values(), default=0)} neurons and the model "
+            f"{len(expected)} of {max(expected.values())}: they belong to another model; scan this one."
         )
 
 
@@ -176,7 +183,7 @@ def collect(
     saliency: list[list[Tensor]] = [[] for _ in ffns]
 
     def keep_x(layer: int) -> Callable[..., None]:
-        return lambda module, args: inputs[layer].append(args[0].detach()[0].float().cpu())
+        return lambda module, args: inputs[layer].append(args[0].detach()[0].cpu())
 
     def keep_saliency(layer: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
@@ -193,23 +200,32 @@ def collect(
         with frozen_eval(model), torch.enable_grad():
             for number, ids in enumerate(samples):
                 next_token_loss(model, torch.tensor([ids], device=device_of(model))).backward()
+                for ffn, x, s in zip(ffns, inputs, saliency, strict=True):
+                    if not (x[-1].isfinite().all() and s[-1].isfinite().all()):
+                        raise BenchError(
+                            f"NaN or infinite activations in {ffn.name}, calibration sample "
+                            f"{number}: load the model with dtype=float32, or it is damaged."
+                        )
                 if progress:
                     progress(number + 1, len(samples), "")
     finally:
         for handle in handles:
             handle.remove()
     sample = torch.from_numpy(np.repeat(np.arange(len(samples)), [len(ids) for ids in samples]))
-    return [Tokens(torch.cat(x), sample, torch.cat(s)) for x, s in zip(inputs, saliency, strict=True)]
+    found = []
+    while inputs:  # a layer's pieces go before the next layer's are joined
+        found.append(Tokens(torch.cat(inputs.pop(0)), sample, torch.cat(saliency.pop(0))))
+    return found
 
 
 def weight_norms(ffns: Sequence[FFN]) -> pd.DataFrame:
     """`layer, neuron, weight`: the norm of a neuron's gate row, up row and down column together."""
     frames = []
-    for number, ffn in enumerate(ffns):
+    for ffn in ffns:
         rows = ((ffn.gate, 1), (ffn.up, 1), (ffn.down, 0))
         squares = torch.stack([dense_weight(linear).float().square().sum(axis) for linear, axis in rows])
         norms = squares.sum(0).sqrt().cpu().double().numpy()
-        frames.append(pd.DataFrame({"layer": number, "neuron": np.arange(len(norms)), "weight": norms}))
+        frames.append(pd.DataFrame({"layer": ffn.layer, "neuron": np.arange(len(norms)), "weight": norms}))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts.card import model_card
+from tinyonn_lib.experts.card import Rule, model_card
 from tinyonn_lib.experts.checkpoint import SHARD_BYTES, Shards, cut, whole_folder
 from tinyonn_lib.experts.families import Family, Layout, family
 from tinyonn_lib.experts.partition import Partition
@@ -39,6 +39,7 @@ def export(
     tokenizer: Any = None,
     k: int | None = None,
     routers: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor] | None = None,
     card: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -52,26 +53,21 @@ def export(
         k: Active experts per token that the config asks for; all of them when None. It stays adjustable at load:
             `from_pretrained(folder, num_experts_per_tok=k)`.
         routers: Per layer the router's rows `(experts of the layer, d_model)`, written as they are; zero when None,
-            which is exact with every expert on.
-        card: Facts for the model card, printed as a table.
+            which is exact with every expert on, and with fewer no choice at all.
+        biases: Per layer `(experts of the layer,)`, added to σ(x·row) for the choice and not to the gate: see
+            `router_file.unit_gates`.
+        card: Facts for the model card, printed as a table; "router" says how it came about.
         shard_bytes: largest size of one weights file.
 
     Raises:
-        BenchError: no standard class for this model and partition, a partition or router of another model, weights
-            that cannot be read, or a folder that cannot be written.
+        BenchError: no standard class for this model and partition, a partition or router of another model, fewer than
+            all experts without a router, weights that cannot be read, or a folder that cannot be written.
     """
     weights, folder = open_weights(source), Path(folder)
-    target, layout = family(weights.config, partition), Layout.of(partition)
+    target, layout = family(weights.config, partition, bias=biases is not None), Layout.of(partition)
     partition.check(weights.neurons())
     k = layout.experts if k is None else k
-    if not 1 <= k <= layout.experts:
-        raise BenchError(f"k={k} active experts: choose 1 to {layout.experts}.")
-    width = weights.config.hidden_size
-    if routers is not None and [tuple(r.shape) for r in routers] != [(count, width) for count in layout.counts]:
-        raise BenchError(
-            f"The routers' rows do not belong to this partition: {len(layout.counts)} routers with "
-            f"{min(layout.counts)} to {layout.experts} rows of {width} are needed."
-        )
+    _check_routers(routers, biases, layout, weights.config.hidden_size, k)
     if weights.folder is not None and folder.exists() and folder.samefile(weights.folder):
         raise BenchError(f"{folder} is the dense model itself: choose another folder for the divided one.")
     with whole_folder(folder, "config.json") as partial:
@@ -80,13 +76,42 @@ def export(
         config.save_pretrained(partial)
         shards = Shards(partial, "model", shard_bytes)
         for name in weights.shapes:
-            for new, tensor in _divided(name, weights, target, layout, partition, routers):
+            for new, tensor in _divided(name, weights, target, layout, partition, routers, biases):
                 shards.add(new, tensor)
         shards.close()
         _copy_rest(source, weights, tokenizer, partial)
-        text = model_card(weights, target, layout, partition, k, card or {})
+        rule: Rule = "zero" if routers is None else "linear" if biases is None else "biased"
+        text = model_card(weights, target, layout, partition, k, rule, card or {})
         (partial / "README.md").write_text(text, "utf-8")
     return folder
+
+
+def _check_routers(
+    routers: Sequence[Tensor] | None, biases: Sequence[Tensor] | None, layout: Layout, width: int, k: int
+) -> None:
+    if not 1 <= k <= layout.experts:
+        raise BenchError(f"k={k} active experts: choose 1 to {layout.experts}.")
+    if routers is None:
+        if biases is not None:
+            raise BenchError("Selection biases without routers choose the same experts for every token: give both.")
+        if k < layout.experts:
+            raise BenchError(
+                f"k={k} of {layout.experts} experts without a router: with zero rows all experts tie, so give routers."
+            )
+        return
+    for what, given, wanted in (
+        ("rows", routers, [(count, width) for count in layout.counts]),
+        ("biases", biases, [(count,) for count in layout.counts]),
+    ):
+        shapes = [tuple(tensor.shape) for tensor in given or ()]
+        if given is not None and shapes != wanted:
+            at = next((i for i, pair in enumerate(zip(shapes, wanted, strict=False)) if pair[0] != pair[1]), None)
+            found = f"{len(shapes)} layers instead of {len(wanted)}"
+            if at is not None and len(shapes) == len(wanted):
+                found = f"layer {at} has {shapes[at]} instead of {wanted[at]}"
+            raise BenchError(f"The routers' {what} do not belong to this partition and model: {found}.")
+        if bad := [i for i, tensor in enumerate(given or ()) if not tensor.isfinite().all()]:
+            raise BenchError(f"The routers' {what} of layer {bad[0]} hold NaN or infinity: train or fit them again.")
 
 
 def _divided(
@@ -95,7 +120,8 @@ def _divided(
     target: Family,
     layout: Layout,
     partition: Partition,
-    routers: Sequence[Tensor] | None,
+    routers: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """What becomes of one dense tensor: itself, or the parts of an FFN matrix (with the gate, also the router)."""
     tensor = weights.read(name)
@@ -109,7 +135,8 @@ def _divided(
         if routers is not None:
             rows[: layout.counts[layer]] = routers[layer].detach().to(rows)
         yield f"{prefix}gate.weight", rows
-        for key, extra in target.extras(layout, layer, tensor.shape[1]).items():
+        bias = None if biases is None else biases[layer]
+        for key, extra in target.extras(layout, layer, tensor.shape[1], bias).items():
             yield prefix + key, extra.to(tensor.dtype) if extra.ndim > 1 else extra
     if width := target.shared_width(layout):
         shared = cut(tensor, partition.shared[layer][None], axis, experts=1, size=width)[0]

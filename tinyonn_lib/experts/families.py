@@ -4,8 +4,9 @@ Recipes (PEERS §2), each equal to the dense model with every expert on and a ze
 
 - softmax gates (Qwen2Moe, Qwen3Moe): gates are softmax over E logits, not renormalised, so `down` carries the factor E.
   Qwen2Moe's one shared expert passes σ(gate·x), ½ for a zero gate, so its `down` carries the factor 2.
-- sigmoid gates (Glm4Moe): gates are 2·σ(logit), shared experts are added as they are; nothing is rescaled. Experts that
-  only pad have a selection bias that keeps them behind every real one.
+- sigmoid gates (Glm4Moe): gates are 2·σ(logit), shared experts are added as they are; nothing is rescaled. The choice
+  is by σ(logit) plus a selection bias, which no gate sees: a router's own, if it has one, and for experts that only pad
+  one that keeps them behind every real one.
 
 To add a class: an entry in `FAMILIES`; to add a dense model: an entry in `SOURCES`.
 """
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.partition import Partition
+from tinyonn_lib.experts.weights import BIASED
 
 WIDTH_STEP = 8
 """Rows of 16 bytes in bfloat16, which `grouped_mm`, the default way to run experts, requires."""
 
 NEVER = -2.0
-"""Selection bias of a padding expert: σ + bias stays below every real expert's σ, which is at least 0."""
+"""Selection bias of a padding expert, below the least of the layer's: σ + bias stays below every real expert's."""
 
 TINY = 1e-12
 """Rows of Qwen2Moe's shared gate: σ is ½ to the last bit, and llama.cpp, which divides by gate·x, gets no NaN."""
@@ -107,7 +109,8 @@ class Family:
         shared_width: layout → its width, 0 if the class has none.
         lacks: what of a model or layout the class cannot hold, as the end of "…, which has no", or "".
         fields: the configuration's fields beyond those that dense and MoE have in common.
-        extras: (layout, layer, d_model) → further tensors; matrices take the model's dtype, vectors stay float32.
+        extras: (layout, layer, d_model, selection bias `(experts of the layer,)` or None) → further tensors; matrices
+            take the model's dtype, vectors stay float32.
     """
 
     model_type: str
@@ -118,7 +121,7 @@ class Family:
     shared_width: Callable[[Layout], int]
     lacks: Callable[[Traits, Layout], str]
     fields: Callable[[Traits, Layout], dict[str, Any]]
-    extras: Callable[[Layout, int, int], dict[str, Tensor]]
+    extras: Callable[[Layout, int, int, Tensor | None], dict[str, Tensor]]
 
     def routed_gain(self, layout: Layout) -> float:
         """Factor on the routed experts' `down`."""
@@ -199,9 +202,10 @@ def _glm4_fields(dense: Traits, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _glm4_bias(layout: Layout, layer: int, width: int) -> dict[str, Tensor]:
-    real = torch.arange(layout.experts) < layout.counts[layer]
-    return {"gate.e_score_correction_bias": torch.where(real, 0.0, NEVER)}
+def _glm4_bias(layout: Layout, layer: int, width: int, bias: Tensor | None) -> dict[str, Tensor]:
+    own = torch.zeros(layout.counts[layer]) if bias is None else bias.detach().float().cpu()
+    padding = own.new_full((layout.experts - len(own),), float(own.min()) + NEVER)
+    return {"gate.e_score_correction_bias": torch.cat([own, padding])}
 
 
 FAMILIES = {
@@ -210,12 +214,12 @@ FAMILIES = {
         shared="shared_expert", shared_gain=2.0,
         shared_width=lambda layout: max(WIDTH_STEP, _ceil(layout.shared, WIDTH_STEP)),
         lacks=_qwen2_lacks, fields=_qwen2_fields,
-        extras=lambda layout, layer, width: {"shared_expert_gate.weight": torch.full((1, width), TINY)},
+        extras=lambda layout, layer, width, bias: {"shared_expert_gate.weight": torch.full((1, width), TINY)},
     ),
     "qwen3_moe": Family(
         "qwen3_moe", "Qwen3MoeForCausalLM", "softmax",
         shared="", shared_gain=1.0, shared_width=lambda layout: 0,
-        lacks=_qwen3_lacks, fields=_qwen3_fields, extras=lambda layout, layer, width: {},
+        lacks=_qwen3_lacks, fields=_qwen3_fields, extras=lambda layout, layer, width, bias: {},
     ),
     "glm4_moe": Family(
         "glm4_moe", "Glm4MoeForCausalLM", "sigmoid",
@@ -235,8 +239,11 @@ SOURCES = {
 """Dense model type → classes in order of preference."""
 
 
-def family(dense: Any, partition: Partition) -> Family:
+def family(dense: Any, partition: Partition, *, bias: bool = False) -> Family:
     """The first class that can hold this model (its configuration) divided like this.
+
+    Args:
+        bias: the routers have selection biases, which classes with softmax gates lack.
 
     Raises:
         BenchError: none can, with each one's reason.
@@ -246,15 +253,17 @@ def family(dense: Any, partition: Partition) -> Family:
             f"No standard MoE checkpoint continues a '{dense.model_type}' model; exportable: {', '.join(SOURCES)}."
         )
     if getattr(dense, "mlp_bias", False):
-        raise BenchError("This model's FFNs have biases (mlp_bias), which no standard MoE class holds: not exportable.")
+        raise BenchError(BIASED)
     if not partition.size:
         raise BenchError("The experts of this partition have no neurons: choose fewer experts or fewer shared neurons.")
     traits, layout = Traits.of(dense), Layout.of(partition)
     reasons = []
     for name in SOURCES[dense.model_type]:
-        if not (lacks := FAMILIES[name].lacks(traits, layout)):
-            return FAMILIES[name]
-        reasons.append(f"{FAMILIES[name].architecture.removesuffix('ForCausalLM')} has no {lacks}")
+        each = FAMILIES[name]
+        lacks = "selection bias" if bias and each.gates == "softmax" else each.lacks(traits, layout)
+        if not lacks:
+            return each
+        reasons.append(f"{each.architecture.removesuffix('ForCausalLM')} has no {lacks}")
     raise BenchError(
         f"No standard MoE class holds this '{dense.model_type}' model divided like this: {'; '.join(reasons)}."
     )

@@ -81,13 +81,18 @@ class Judge:
         return self.loss(oracle(partition, self.ffns, partition.count)).mean - self.dense.mean
 
     def table(self, losses: Losses, active: float) -> pd.DataFrame:
-        """ΔNLL to the dense model, nats per token: `method, active, mean, low, high, seeds, files`."""
+        """ΔNLL to the dense model, nats per token: `method, active, mean, low, high, seeds, spread, files`.
+
+        The interval is over texts, for the mean of the seeds; `spread` is the standard deviation between seeds, NaN
+        with one.
+        """
         gaps = {method: evaluate.paired(each, self.dense, self.groups) for method, each in losses.items()}
         return pd.DataFrame(
             [
                 {
                     "method": method, "active": active, "mean": gap.mean, "low": gap.low, "high": gap.high,
-                    "seeds": len(losses[method]), "files": gap.groups,
+                    "seeds": len(losses[method]), "spread": pd.Series([loss.mean for loss in losses[method]]).std(),
+                    "files": gap.groups,
                 }
                 for method, gap in gaps.items()
             ]

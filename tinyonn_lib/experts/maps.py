@@ -1,9 +1,8 @@
 """Maps of neurons for the eye: feature vectors laid out in the plane.
 
-A map is one function `(points, seed, neighbours, min_dist) → x, y` and one line in `MAPS`. With many points only
-landmarks are laid out, a random sample of `LANDMARKS[name]`. Every other point is placed among the five landmarks
-nearest to it in feature space, at the mean of their places weighted by 1 / distance². So the map shows the density of
-all points, but no structure that the landmarks miss, and equal points share a place.
+With many points only landmarks are laid out, a random sample of `LANDMARKS[name]`. Every other point is placed among
+the five landmarks nearest to it in feature space, at the mean of their places weighted by 1 / distance². So the map
+shows the density of all points, but no structure that the landmarks miss, and equal points share a place.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.balanced import check
 
 Points = NDArray[np.floating]
@@ -41,9 +39,12 @@ def umap_map(points: Points, seed: int, neighbours: int = 15, min_dist: float = 
             warnings.simplefilter("ignore")
             from umap import UMAP
 
-            # The point itself comes first, as UMAP expects of a precomputed neighbour table.
+            # UMAP expects the point itself first. A search for it may find its equals before it, or only them; without
+            # points to search for, scikit-learn gives the others alone.
             size = min(neighbours, len(marks) - 1)
-            distance, index = NearestNeighbors(n_neighbors=size).fit(marks).kneighbors(marks)
+            distance, index = NearestNeighbors(n_neighbors=size - 1).fit(marks).kneighbors()
+            index = np.c_[np.arange(len(marks)), index]
+            distance = np.c_[np.zeros(len(marks)), distance]
             mapper = UMAP(
                 n_neighbors=size,
                 min_dist=min_dist,
@@ -57,10 +58,10 @@ def umap_map(points: Points, seed: int, neighbours: int = 15, min_dist: float = 
     return _laid_out(points, embed, LANDMARKS["umap"], seed)
 
 
-def tsne_map(points: Points, seed: int, neighbours: int = 15, min_dist: float = 0.1) -> pd.DataFrame:
+def tsne_map(points: Points, seed: int, neighbours: int = 15) -> pd.DataFrame:
     """t-SNE coordinates `x, y` of every point (van der Maaten and Hinton 2008), `(n, d) → (n, 2)`.
 
-    `neighbours` is its perplexity; `min_dist` has no counterpart here and changes nothing.
+    `neighbours` is its perplexity.
 
     Raises:
         BenchError: A point is not finite.
@@ -75,21 +76,6 @@ def tsne_map(points: Points, seed: int, neighbours: int = 15, min_dist: float = 
         return np.asarray(mapper.fit_transform(marks.astype(np.float32)))
 
     return _laid_out(points, embed, LANDMARKS["tsne"], seed)
-
-
-MAPS: dict[str, Callable[[Points, int, int, float], pd.DataFrame]] = {"umap": umap_map, "tsne": tsne_map}
-"""Name → function from points, seed, neighbours and least distance to a frame `x, y`."""
-
-
-def lay_out(method: str, points: Points, seed: int, neighbours: int, min_dist: float) -> pd.DataFrame:
-    """A map by its name.
-
-    Raises:
-        BenchError: There is none of that name.
-    """
-    if method not in MAPS:
-        raise BenchError(f"There is no map '{method}'; known: {', '.join(MAPS)}.")
-    return MAPS[method](points, seed, neighbours, min_dist)
 
 
 def _laid_out(points: Points, embed: Callable[[Points], Points], most: int, seed: int) -> pd.DataFrame:

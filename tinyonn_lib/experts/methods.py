@@ -108,7 +108,7 @@ def shapes(
     Args:
         experts, size, shared: as in `Shape.of`.
         per_layer: let the shared share differ between layers by ExpertWeaver's rule (`controls.expertweaver_shared`),
-            `shared` being its mean.
+            `shared` being its mean (if no layer comes to its limits, 1 % and 95 %).
     """
     widths = [ffn.neurons for ffn in evidence.ffns]
     if not per_layer:

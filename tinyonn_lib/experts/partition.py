@@ -52,7 +52,8 @@ class Shape:
                 f"{experts} experts of {size} neurons need {size * experts}, a layer has {neurons}: choose fewer or "
                 f"smaller ones, such as {experts} of {neurons // experts}."
             )
-        if experts < 1 or round((1 - shared) * neurons) < experts:
+        routed = int((1 - shared) * neurons + 1e-6)
+        if experts < 1 or routed < experts:
             raise BenchError(
                 f"{neurons} neurons{f' ({shared:.0%} of them shared)' if shared else ''} are too few for {experts} "
                 "experts: choose fewer experts."
@@ -64,9 +65,7 @@ class Shape:
                 f"{neurons} neurons of a layer do not divide into {experts} experts; {near} would fit, or let some "
                 "neurons be shared."
             )
-        size = size or round((1 - shared) * neurons / experts)
-        while size * experts > neurons:
-            size -= 1
+        size = size or routed // experts
         return Shape(experts, size, neurons - size * experts)
 
 

@@ -54,16 +54,12 @@ def pool(
 
 def _allot(votes: np.ndarray, room: np.ndarray, seats: int) -> np.ndarray:
     """Seats in proportion to votes by largest remainders, no layer more than its room."""
-    given = np.zeros(len(votes), np.int64)
+    quota = votes / votes.sum() * seats
+    given = np.minimum(np.floor(quota).astype(np.int64), room)
     while (left := seats - int(given.sum())) > 0:
-        open_ = np.where(given < room, votes, 0).astype(np.float64)
-        if not open_.any():  # the best neurons' layers are full: the others take the rest
-            open_ = (room - given).astype(np.float64)
-        if not open_.any():
+        order = np.argsort(-(quota - given), kind="stable")
+        waiting = order[(given < room)[order]]
+        if not len(waiting):
             raise BenchError(f"{seats} experts do not fit into the layers one by one: choose smaller ones.")
-        quota = open_ / open_.sum() * left
-        more = np.minimum(np.floor(quota).astype(np.int64), room - given)
-        if not more.any():
-            more[np.argmax(quota)] = 1
-        given += more
+        given[waiting[:left]] += 1  # one each: a second one only when all have had theirs
     return given

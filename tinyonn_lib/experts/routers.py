@@ -103,7 +103,7 @@ def ridge(evidence: LayerEvidence, index: Tensor, seed: int) -> Linear:
     One penalty for all experts, the one of `STRENGTHS` with the least squared leave-one-token-out error.
     """
     middle, left, squares = evidence.spectrum
-    x = evidence.tokens.x.double() - middle
+    x = evidence.x.double() - middle
     target = energies(index, evidence.down)(evidence.h).double() ** 0.25
     level = target.mean(0)
     target = target - level

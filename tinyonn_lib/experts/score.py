@@ -117,14 +117,19 @@ def sp(features: pd.DataFrame, w_act: float = 1.0, w_grad: float = 1.0, w_freq: 
 
 
 def score_table(
-    neurons: pd.DataFrame, w_act: float = 1.0, w_grad: float = 1.0, w_freq: float = 1.0, scope: str = "layer"
+    neurons: pd.DataFrame,
+    w_act: float = 1.0,
+    w_grad: float = 1.0,
+    w_freq: float = 1.0,
+    scope: str = "layer",
+    log: bool = True,
 ) -> pd.DataFrame:
     """Features, S_p, and S_p with the gradient's sign flipped and without it, `sp sp_minus_gradient sp_no_gradient`.
 
     Args:
-        neurons, scope: as in `feature_table`.
+        neurons, scope, log: as in `feature_table`.
     """
-    features = feature_table(neurons, scope)
+    features = feature_table(neurons, scope, log)
     signs = {"sp": w_grad, "sp_minus_gradient": -w_grad, "sp_no_gradient": 0.0}
     return features.assign(**{name: sp(features, w_act, sign, w_freq) for name, sign in signs.items()})
 

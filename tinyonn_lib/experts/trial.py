@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tinyonn_lib import evaluate
 from tinyonn_lib.experts.judge import ORACLE, Judge, Losses, mean
 from tinyonn_lib.experts.methods import Divided
+from tinyonn_lib.experts.routers import Linear
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,18 @@ class Trial:
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
+    def storable(self, label: str) -> bool:
+        """Can a standard checkpoint hold this router? Linear ones, and pruning without its bias."""
+        partition, _, router = label.removesuffix(" router").partition(", ")
+        if router == ORACLE or label.endswith("+ bias"):
+            return False
+        return not router or isinstance(self.divided[partition][0].scores[router][0], Linear)
+
     def best(self, text: str, active: float, *, oracle: bool) -> str:
-        """The label with the lowest loss, among those under the oracle or among those that can be built."""
+        """The label with the lowest loss, among those under the oracle or among those that a checkpoint can hold."""
         losses = self.losses[text, active]
-        return min((label for label in losses if (f", {ORACLE} " in label) == oracle), key=mean(losses))
+        fit = [label for label in losses if (f", {ORACLE} " in label if oracle else self.storable(label))]
+        return min(fit, key=mean(losses))
 
     def between(self, text: str, active: float, one: str, other: str) -> evaluate.Difference:
         """Loss of one label minus another's, paired."""
@@ -66,7 +78,7 @@ class Trial:
         """Who wins each cell, whoever it is, and how `partition` with the ridge router stands to it and to pruning.
 
         Returns:
-            `text, active`, `best by oracle` and `best that can be built` with their ΔNLL, `behind it` (loss of
+            `text, active`, `best by oracle` and `best in a checkpoint` with their ΔNLL, `behind it` (loss of
             `partition` with the ridge router minus the latter's), `pruning` (the better of FLAP's two),
             `against pruning` (the same
             minus pruning's); differences with 95 % paired intervals.
@@ -82,7 +94,7 @@ class Trial:
                     "text": text,
                     "active": f"{active:.0%}",
                     "best by oracle": f"{oracle.partition(',')[0]} {of(oracle) - dense:+.3f}",
-                    "best that can be built": f"{best} {of(best) - dense:+.3f}",
+                    "best in a checkpoint": f"{best} {of(best) - dense:+.3f}",
                     "behind it": str(self.between(text, active, ours, best)) if ours != best else "the best",
                     "pruning": f"{pruning} {of(pruning) - dense:+.3f}",
                     "against pruning": str(self.between(text, active, ours, pruning)),
@@ -110,20 +122,45 @@ def trial(
     divided: Mapping[str, Sequence[Divided]],
     actives: Iterable[float],
     progress: Callable[[int, int, str], None] | None = None,
+    resume: Path | None = None,
 ) -> Trial:
-    """Measure every partition at each active share on each kind of text."""
+    """Measure every partition at each active share on each kind of text.
+
+    Args:
+        resume: private folder for what is measured already; a call that was killed goes on from it. Nothing else but
+            the same call may use it.
+    """
     shares = sorted(set(actives))
-    total = len(courts) * len(shares) * sum(len(parts) for parts in divided.values())
+    cells = [(text, active, name) for text in courts for active in shares for name in divided]
+    total, done = sum(len(divided[name]) for _, _, name in cells), 0
     found: dict[tuple[str, float], Losses] = {}
-    done = 0
-    for text, court in courts.items():
-        for active in shares:
-            cell = found.setdefault((text, active), {})
-            for name, parts in divided.items():
-                for each in parts:
-                    for label, loss in court.divided(name, each, active):
-                        cell.setdefault(label, []).append(loss)
-                    done += 1
-                    if progress:
-                        progress(done, total, f"{name} at {active:.0%}, {text}")
+    for number, (text, active, name) in enumerate(cells):
+        kept = None if resume is None else resume / f"trial_{number}.npz"
+        losses = _restored(kept, courts[text])
+        if losses is None:
+            losses = {}
+            for each in divided[name]:
+                for label, loss in courts[text].divided(name, each, active):
+                    losses.setdefault(label, []).append(loss)
+            _keep(kept, losses)
+        found.setdefault((text, active), {}).update(losses)
+        done += len(divided[name])
+        if progress:
+            progress(done, total, f"{name} at {active:.0%}, {text}")
     return Trial(dict(courts), dict(divided), found)
+
+
+def _keep(file: Path | None, losses: Losses) -> None:
+    if file is None:
+        return
+    partial = file.with_suffix(".partial.npz")
+    arrays: dict[str, Any] = {label: np.stack([loss.nats for loss in each]) for label, each in losses.items()}
+    np.savez(partial, **arrays)
+    partial.replace(file)
+
+
+def _restored(file: Path | None, court: Judge) -> Losses | None:
+    if file is None or not file.is_file():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        return {label: [evaluate.Loss(nats, court.dense.tokens) for nats in arrays[label]] for label in arrays.files}

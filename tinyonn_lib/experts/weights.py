@@ -19,6 +19,7 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import hub
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+BIASED = "This model's FFNs have biases (mlp_bias), which no standard MoE class holds: they cannot be divided."
 _PACKED = ".quant_state.bitsandbytes__"  # bitsandbytes' mark: the tensor before it is 4-bit
 
 
@@ -42,15 +43,17 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not 4-bit."""
-        return self.read(min(self.shapes, key=lambda name: (len(self.shapes[name]), name))).dtype
+        """Of the FFNs' matrices, once dequantised; norms may have another."""
+        return self.read(ffn_name(0, FFN_PARTS[0])).dtype
 
     def neurons(self) -> list[int]:
         """d_ffn of each layer.
 
         Raises:
-            BenchError: some layer has no gated FFN.
+            BenchError: some layer has no gated FFN, or its FFN has biases.
         """
+        if any(name.endswith(f".mlp.{part}.bias") for name in self.shapes for part in FFN_PARTS):
+            raise BenchError(BIASED)
         found = []
         for layer in range(self.config.num_hidden_layers):
             if missing := [p for p in FFN_PARTS if ffn_name(layer, p) not in self.shapes]:

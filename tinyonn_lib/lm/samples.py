@@ -27,7 +27,13 @@ def divided(source: str | Path, seed: int, limit: int | None = None) -> pd.DataF
         import pyarrow.parquet as pq
 
         if "split" in pq.read_schema(source).names:
-            return pd.read_parquet(source)
+            texts = pd.read_parquet(source)
+            if missing := {"calibration", "heldout"} - set(texts["split"]):
+                raise BenchError(
+                    f"{source} has a column 'split' without {' and '.join(sorted(missing))}: calibration texts are "
+                    "scanned and heldout ones judged on; name them so, or leave the column out."
+                )
+            return texts
     return corpus.split(load_texts(str(source), limit), seed, calibration=0.45, heldout=0.1)
 
 
@@ -74,6 +80,8 @@ def other(source: str, tokenizer: Any, tokens: int, length: int, seed: int) -> d
     if not source:
         return {"Python code": draw(corpus.python_code(), tokenizer, tokens, length, seed)}
     name = Path(source).stem or source
+    if name == "held-out":
+        name = source
     return {name: draw(load_texts(source, limit=max(1000, tokens // 20)), tokenizer, tokens, length, seed)}
 
 

@@ -52,12 +52,13 @@ def explore(
     """The explorer: a widget in JupyterLab, a figure with buttons in batch.
 
     Args:
-        neurons: One row per neuron: `layer, neuron, act, grad, freq, saliency, cluster, x, y`.
+        neurons: One row per neuron: `layer, neuron, act, grad, freq, saliency, cluster, x, y`, and `chosen`, whether
+            the parameters' choice names it.
         features: `(neurons, scope, log) → table` of z-scores `z_act, z_grad, z_freq`, such as `score.feature_table`.
         examples: The tokens on which each neuron fires most: `layer, neuron, rank, sample, position, token`.
         passage: `(sample, position) → (text before, the token, text after)`.
         presets: Name → definition of S_p with `act, grad, freq, log, scope`, such as `score.PRESETS`.
-        params: The cluster phase's parameters; their weights and scope come first.
+        params: The cluster phase's parameters; their definition of S_p comes first.
     """
     data = Data(neurons, features, examples)
     if not live():
@@ -167,7 +168,8 @@ class Map(anywidget.AnyWidget):
     alt = traitlets.Unicode().tag(sync=True)
     caption = traitlets.Unicode().tag(sync=True)
     tool = traitlets.Unicode("lasso").tag(sync=True)
-    regions: Any = traitlets.List().tag(sync=True)  # polygons of [x, y] that were drawn
+    regions: Any = traitlets.List().tag(sync=True)  # polygons of [x, y] that were drawn; []: the choice at the start
+    chosen = traitlets.Bytes().tag(sync=True)  # uint8 (n,); empty: none of all neurons
 
 
 class Explorer:
@@ -183,12 +185,12 @@ class Explorer:
         ]
         self.preset = w.Dropdown(options=[*presets, OWN], description="S_p")
         self.scope = w.Dropdown(options=["layer", "global"], value=params.scope, description="z within")
-        self.log = w.Checkbox(True, description="of logarithms", indent=False)
+        self.log = w.Checkbox(params.log, description="of logarithms", indent=False)
         self.tool = w.ToggleButtons(options=["lasso", "box", "move"], style={"button_width": "64px"})
         self.save = w.Button(description="Save choice", button_style="primary", icon="save")
         self.panel, self.said = w.HTML(), w.HTML()
 
-        self.chosen: Mask = np.zeros(len(data.neurons), bool)
+        self.chosen: Mask = data.neurons["chosen"].to_numpy(bool)
         self.drawn = plots.stratified(data.neurons, plots.MAP_SAMPLE).index.to_numpy()
         self.scores = self._scores()
         self.map = Map(
@@ -197,6 +199,8 @@ class Explorer:
             density=_density(data.x, data.y) if len(self.drawn) < len(data.neurons) else b"",
             palette=plots.palette(64),
             caption=f"n = {len(data.neurons):,}, {len(self.drawn):,} drawn",
+            regions=[[]] if self.chosen.any() else [],
+            chosen=self._marks(),
         )
         self._changed()
         for widget in self._inputs():
@@ -248,8 +252,14 @@ class Explorer:
         """Choose every neuron in the regions drawn on the map, also those that are not among the drawn points."""
         self.chosen = np.zeros(len(self.chosen), bool)
         for corners in change["new"]:
-            self.chosen |= inside(self.data.x, self.data.y, corners)
+            start = self.data.neurons["chosen"].to_numpy(bool)
+            self.chosen |= inside(self.data.x, self.data.y, corners) if corners else start
+        self.map.chosen = self._marks()
         self._show()
+
+    def _marks(self) -> bytes:
+        """The choice among the drawn points, for the browser."""
+        return self.chosen[self.drawn].tobytes() if self.chosen.any() else b""
 
     def _show(self) -> None:
         self.panel.value = panel(self.data, self.scores, self.chosen, self.passage)
@@ -257,9 +267,7 @@ class Explorer:
     def _save(self, button: Any) -> None:
         *weights, scope, log = self._values()
         try:
-            if not log:
-                raise BenchError("03_cluster scores logarithms: tick them, then save.")
-            self.said.value = save(self.data.neurons[self.chosen], weights, scope, str(self.params.run))
+            self.said.value = save(self.data.neurons[self.chosen], weights, scope, log, str(self.params.run))
         except (BenchError, OSError) as error:
             self.said.value = f"<b>Not saved.</b> {html.escape(str(error))}"
 
@@ -324,7 +332,7 @@ def _code(word: str) -> str:
     return f"<code>{html.escape(word)}</code>"
 
 
-def save(chosen: pd.DataFrame, weights: Sequence[float], scope: str, run: str) -> str:
+def save(chosen: pd.DataFrame, weights: Sequence[float], scope: str, log: bool, run: str) -> str:
     """Write `params/local/cluster.yaml` and, if neurons are chosen, `choice.parquet`; what to do with them, in HTML.
 
     The overlay keeps whatever other parameters it had. Each file is replaced whole or not at all.
@@ -335,7 +343,7 @@ def save(chosen: pd.DataFrame, weights: Sequence[float], scope: str, run: str) -
     """
     phase, path, choice = PHASES["cluster"], LOCAL / "cluster.yaml", LOCAL / "choice.parquet"
     values: dict[str, float | str] = dict(zip(WEIGHTS, weights, strict=True))
-    values |= {"scope": scope, "choice": str(choice) if len(chosen) else ""}
+    values |= {"scope": scope, "log": log, "choice": str(choice) if len(chosen) else ""}
     old = path.read_text("utf-8").splitlines() if path.is_file() else []
     kept = [line for line in old if not re.match(rf"#|\s*$|({'|'.join(values)}):", line)]
     meaning = comments(phase)
@@ -362,12 +370,12 @@ def save(chosen: pd.DataFrame, weights: Sequence[float], scope: str, run: str) -
 
 
 def _yaml(value: float | str) -> str:
-    return json.dumps(value) if isinstance(value, str) else repr(round(float(value), 3))
+    return json.dumps(value) if isinstance(value, str | bool) else repr(round(float(value), 3))
 
 
 def _static(data: Data, presets: Mapping[str, Any], params: Any) -> Any:
     """The map with a button for each definition of S_p; its table has the best neurons of each and their tokens."""
-    here = [*(float(getattr(params, name)) for name in WEIGHTS), params.scope, True]
+    here = [*(float(getattr(params, name)) for name in WEIGHTS), params.scope, params.log]
     named = {name: _definition(each) for name, each in presets.items()}
     if here not in named.values():
         named = {"this run": here, **named}

@@ -131,9 +131,10 @@ class Cluster(Params):
     w_grad: Annotated[float, Field(ge=-10, le=10)]
     w_freq: Annotated[float, Field(ge=-10, le=10)]
     scope: Literal["layer", "global"]
+    log: bool
     method: Literal["kmeans", "hdbscan", "balanced"]
     clusters: Annotated[int, Field(ge=2)]
-    profile: Annotated[int, Field(ge=0, le=64)]
+    coactivation: Annotated[int, Field(ge=0, le=64)]
     neighbours: Annotated[int, Field(ge=2)]
     min_dist: Annotated[float, Field(ge=0, le=1)]
     tokens: Count

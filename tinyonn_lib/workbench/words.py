@@ -32,7 +32,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, Number):
-        return f"{value:,}"
+        return f"{value:,}" if value == value else "–"
     return html.escape(str(value)).translate(_MARKUP)
 
 

@@ -39,14 +39,8 @@ function render({ model, el }) {
   const later = () => { if (!due) { due = true; requestAnimationFrame(paint); } };
 
   function choose() {
-    const paths = model.get("regions").map(outline);
-    chosen = null;
-    if (paths.length) {
-      pen.setTransform(1, 0, 0, 1, 0, 0); // isPointInPath looks at the path through the canvas's own scale
-      chosen = new Uint8Array(count);
-      for (let i = 0; i < count; i++)
-        chosen[i] = paths.some((path) => pen.isPointInPath(path, points[2 * i], points[2 * i + 1], "evenodd"));
-    }
+    const marks = typed(Uint8Array, model.get("chosen"));
+    chosen = marks.length ? marks : null;
     later();
   }
 
@@ -159,13 +153,15 @@ function render({ model, el }) {
   const watcher = new ResizeObserver(later);
   watcher.observe(el);
   model.on("change:values", recolour);
-  model.on("change:regions", choose);
+  model.on("change:regions", later);
+  model.on("change:chosen", choose);
   recolour();
   choose();
   return () => {
     watcher.disconnect();
     model.off("change:values", recolour);
-    model.off("change:regions", choose);
+    model.off("change:regions", later);
+    model.off("change:chosen", choose);
   };
 }
 
