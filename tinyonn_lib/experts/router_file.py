@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,11 @@ def save_routers(path: Path, weights: Sequence[Tensor], biases: Sequence[Tensor]
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished)
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
-        raise BenchError(f"Cannot write {path}: {str(error).strip().splitlines()[0]}. Make room and repeat.") from error
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise BenchError(f"Cannot write {path}: {reason}. Make room and repeat.") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
     return path
 
 
