@@ -29,14 +29,14 @@ SHARES = (0.25, 0.5, 0.75)
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", default="default", help="a finished run (default: default)")
     parser.add_argument("--texts", default="", help="more text to judge on: a local path or hub id")
-    parser.add_argument("--seeds", type=int, default=5, help="repetitions of what is random (default: 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions of what is random (default: 3)")
 
 
 def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     """Rows: a cell of the trial each. Bars: as the module says."""
     phase = PHASES["experts"]
     run = open_run(phase, params.validate(phase, params.compose(phase, [f"run={args.run}"])))
-    tokens = 3000 if args.quick else 20_000
+    tokens = 3000 if args.quick else 10_000
     known, courts = _prepare(run, args, tokens)
     divided = methods.divide(known, methods.METHODS, methods.shapes(known, 28, shared=0.125), range(args.seeds))
     found = trial.trial(courts, divided, SHARES, lambda done, of, note: print(f"\r{done} of {of} {note:<40}", end=""))

@@ -231,9 +231,9 @@ def test_each_gives_one_clear_line(
         "password": bad(
             "scan", f"redis_url=unix://{locked_server}", says=("refuses", "TINYONN_REDIS_PASSWORD"), **wrong
         ),
-        "seven": bad("experts", "experts=7", "shared=0", says=("64 neurons", "7 experts", "8 would fit")),
-        "many": bad("experts", "experts=128", says=("64 neurons", "too few for 128 experts", "fewer")),
-        "large": bad("experts", "experts=4", "size=20", "shared=0", says=("4 experts of 20", "4 of 16")),
+        "seven": bad("experts", "experts=7", "shared=0", "pool=4", says=("64 neurons", "7 experts", "8 would fit")),
+        "many": bad("experts", "experts=128", "pool=4", says=("64 neurons", "too few for 128 experts", "fewer")),
+        "large": bad("experts", "experts=4", "size=20", "shared=0", "pool=4", says=("4 experts of 20", "4 of 16")),
         "magic": bad("experts", "methods='sp magic'", says=("no partition method 'magic'", "expertweaver")),
         "pool": bad("experts", "experts=4", "methods=sp", "pool=100", says=("100 experts of 8", "there are 128")),
         "choice": bad("cluster", f"choice={tmp_path}/cut.jsonl", says=("not a table of layer and neuron",)),
