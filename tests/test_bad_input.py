@@ -306,7 +306,9 @@ def test_a_second_process_on_the_same_run_is_told_and_harms_nothing(home: Path) 
         first.kill()
         first.wait()
     manifests = [json.loads((home / f"runs/{run}/scan/manifest.json").read_text()) for run in ("default", "first")]
-    assert manifests[0]["metrics"] == manifests[1]["metrics"]  # rho is in none of them
+    # rho is in none of them. The first was scanned in this process: its memory may be aligned otherwise, which changes
+    # the last bits of matrix products.
+    assert manifests[1]["metrics"] == pytest.approx(manifests[0]["metrics"], rel=1e-7)
 
 
 FULL: dict[int, tuple[str, bool]] = {  # kilobytes → the line, whether a result stands
