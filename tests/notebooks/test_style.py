@@ -43,8 +43,6 @@ def test_cells_are_short_and_define_nothing(phase: Any) -> None:
     cells = code(phase)
     assert len(cells) <= 14
     for cell in cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            continue
         assert len(cell.source.splitlines()) <= 15, cell.source
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source))), cell.source

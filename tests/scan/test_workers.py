@@ -17,8 +17,9 @@ from scan_totals import bits
 from scan_workers import committed, until
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm import launch as launching
 from tinyonn_lib.scan import workers
-from tinyonn_lib.scan.launch import _reason, command, launch, scan
+from tinyonn_lib.scan.launch import command, launch, scan
 from tinyonn_lib.scan.records import merge_records
 from tinyonn_lib.scan.server import PrivateServer
 from tinyonn_lib.scan.store import Store
@@ -99,9 +100,12 @@ def test_a_worker_leaves_with_its_parent(tmp_path: Path) -> None:
 
 def test_what_else_can_go_wrong() -> None:
     elastic = "E1121 10:03:35.8 14527 torch/distributed/elastic/api.py:1002] failed (exitcode: -9) local_rank: 0"
-    assert "killed by signal 9 (out of memory?)" in _reason(1, ["loading", elastic, "exitcode : -15 (pid: 3)"])
-    assert "exit code 1 (ValueError: 7);" in _reason(1, ["Traceback", "ValueError: 7", "", elastic.replace("-9", "1")])
-    assert "exit code 2 (no output)" in _reason(2, [])
+    for code, tail, line in (
+        (1, ["loading", elastic, "exitcode : -15 (pid: 3)"], "a worker was killed by signal 9 (out of memory?); again"),
+        (1, ["Traceback", "ValueError: 7", "", elastic.replace("-9", "1")], "exit code 1 (ValueError: 7); again"),
+        (2, [], "the workers ended with exit code 2 (no output); again"),
+    ):
+        assert launching.reason(code, tail, "worker", "again").endswith(line)
 
 
 def test_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.workbench import params
+from tinyonn_lib.workbench import execute, params, start, words
 from tinyonn_lib.workbench.notebook import assigned
 from tinyonn_lib.workbench.phases import PHASES, ROOT
 
@@ -32,13 +33,64 @@ def test_notebooks_mirror_params() -> None:
     assert params.sync(check=True) == []
 
 
+@EVERY
+def test_parameters_cell_is_packed_and_says_the_same(phase: Any) -> None:
+    cell = params.parameters_cell(phase)
+    assert assigned([cell]) == params.defaults(phase)
+    assert max(map(len, cell.splitlines())) <= 100
+    assert len(cell.splitlines()) <= 12  # of 15: parameters will be added
+
+
+def test_packed_values_may_hold_what_python_reads_as_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"text": "a; b = 'c' # \"d\" \\ é", "long": "x" * 120, "minus": -0.5, "flag": False, "last": ""}
+    monkeypatch.setattr(params, "defaults", lambda phase: values)
+    cell = params.parameters_cell(SCAN)
+    assert assigned([cell]) == values
+    assert len(cell.splitlines()) == 5  # the long one has a line to itself
+
+
+def test_papermill_injects_below_the_packed_cell() -> None:
+    import papermill
+
+    given = {"tokens": 1000, "texts": "my; texts.jsonl"}
+    notebook = papermill.execute_notebook(SCAN.notebook, None, given, prepare_only=True)
+    assert assigned([cell.source for cell in notebook.cells]) == params.defaults(SCAN) | given
+
+
+def test_batch_is_without_papermills_warnings_about_packed_lines(caplog: pytest.LogCaptureFixture) -> None:
+    import papermill
+    from papermill.log import logger
+
+    with execute._packed_parameters():
+        papermill.execute_notebook(SCAN.notebook, None, {"tokens": 1000}, prepare_only=True)
+        logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == ["something else"]
+    papermill.execute_notebook(SCAN.notebook, None, {"tokens": 1000}, prepare_only=True)
+    assert "Passed unknown parameter: tokens" in caplog.text  # outside all is as it was
+
+
+def test_start_shows_values_and_meanings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setenv("TINYONN_HOME", str(tmp_path))
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    phase = PHASES["pretrain"]
+    p, run = start("pretrain", {**params.defaults(phase), "texts": "<script>"})
+    run.lock.release()
+    (table,) = (output.data for output in shown)
+    assert p.texts == "<script>"
+    assert table.startswith(words.PARAMETERS)
+    assert "<mark>&quot;&lt;script&gt;&quot;</mark></code> (default <code>&quot;python-docs&quot;</code>)" in table
+    assert table.count("<mark>") == 1
+    for meaning in params.comments(phase).values():
+        assert html.escape(meaning) in table
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ("lr: 1e-4  # rate", "1.0e-4"),
         ("lr: ${other}  # rate", "interpolation"),
         ("lr: 0.1", "no comment"),
-        ("lr: 0.1  # " + "long " * 25, "longer than 116"),
         ("  nested: 1  # deep", "not a flat"),
     ],
 )

@@ -19,6 +19,7 @@ import pytest
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.workbench import index as index_module
+from tinyonn_lib.workbench import words
 from tinyonn_lib.workbench.figures import PLOTLY, THUMB_POINTS, figure_summary, thumbnail
 from tinyonn_lib.workbench.index import build_index, publish
 from tinyonn_lib.workbench.page import clean_html, number_text
@@ -180,7 +181,7 @@ def test_code_is_folded_not_deleted(write: Write) -> None:
     page = report_of(
         write(
             "demo", "scan",
-            code("tokens = 100\nlr = 1e-3", tags=("parameters",)),
+            code("tokens = 100; lr = 1e-3", tags=("parameters",)),
             code("tokens = 200\nlr = 1e-3", tags=("injected-parameters",)),
             code("answer = 42", stream("  5%|  \r100%|##", "stderr"), stream("\nWarning: old", "stderr")),
         )
@@ -193,6 +194,20 @@ def test_code_is_folded_not_deleted(write: Write) -> None:
     assert "1 changed parameter" in page.text  # found by comparing the two cells, without a manifest
     assert "2 lines on the error stream" in page.text
     assert "5%" not in page.text.replace("100%", "")
+
+
+def test_parameters_stand_in_one_place(write: Write) -> None:
+    meanings = words.parameters({"tokens": "200"}, {"tokens": "100"}, {"tokens": "how much text"})
+    done = manifest("demo", "scan", params={"tokens": 200}, versions={"torch": "2"})
+    shown = nbf.new_output("display_data", data={"text/html": meanings, "text/plain": "<HTML>"})
+    page = report_of(write("demo", "scan", code("start()", shown), done=done))
+    check_inert(page)
+    assert page.all("details", class_="parameters")
+    assert "how much text" in page.text
+    assert "200 (default 100)" in page.text
+    assert "Versions" in page.text
+    assert "Params" not in page.text
+    assert "Params" in report_of(write("demo", "scan", code("start()"), done=done)).text  # of an earlier workbench
 
 
 def test_hostile_text_stays_text(write: Write) -> None:
@@ -291,8 +306,8 @@ def test_index_has_a_card_per_phase(write: Write, tmp_path: Path) -> None:
     check_inert(page)
     assert len(page.all("li")) == 2
     assert [a["aria-label"] for a in page.all("div", role="img")] == ["marked"]
-    for words in ("done", "unfinished", "1,536", "tokens = 200", "12.3 s", "2.5 MB", "bad </script>", "1 of 2 phases"):
-        assert words in page.text, words
+    for word in ("done", "unfinished", "1,536", "tokens = 200", "12.3 s", "2.5 MB", "bad </script>", "1 of 2 phases"):
+        assert word in page.text, word
     assert "run = demo" not in page.text
 
 

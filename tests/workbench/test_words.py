@@ -22,6 +22,15 @@ def test_quotations_are_escaped_and_keep_their_lines() -> None:
     assert quoted == "<blockquote><b>&lt;b&gt;Say</b> &lt;img src=x&gt;<br>more</blockquote>"
 
 
+def test_parameters_are_escaped_and_marked_when_changed() -> None:
+    table = words.parameters({"texts": '"<i>"', "seed": "0"}, {"texts": '"<b>"'}, {"texts": "a < b", "seed": "order"})
+    assert "2 parameters, 1 changed" in table
+    assert "<mark>&quot;&lt;i&gt;&quot;</mark></code> (default <code>&quot;&lt;b&gt;&quot;</code>)" in table
+    assert "a &lt; b" in table
+    assert table.count("<mark>") == 1
+    assert "changed" not in words.parameters({"seed": "0"}, {}, {"seed": "order"})
+
+
 def test_tables_show_markup_of_data_sets_as_text() -> None:
     table = words.table(pd.DataFrame({"text": ["`a` *b* _c_ $x$ [d](e) | <i>"]}))
     row = table.splitlines()[-1]

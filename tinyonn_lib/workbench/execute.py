@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -41,7 +42,7 @@ def execute(phase: Phase, values: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "notebook.ipynb"
     _set_aside(folder)
-    with _environment(phase):
+    with _environment(phase), _packed_parameters():
         try:
             papermill.execute_notebook(
                 phase.notebook,
@@ -128,6 +129,26 @@ def threads() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {"OMP_NUM_THREADS": str(min(cores, 8)), "OMP_WAIT_POLICY": "passive"}
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+@contextmanager
+def _packed_parameters() -> Iterator[None]:
+    """Without papermill's warnings about a cell with several parameters to a line, of which it can read none.
+
+    It injects them all the same. A name that no phase has never comes this far: `validate` refuses it.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(("Passed unknown parameter", "Unable to parse line"))
+
+    loggers = [logging.getLogger(name) for name in ("papermill", "papermill.translators")]
+    for logger in loggers:
+        logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(wanted)
 
 
 @contextmanager

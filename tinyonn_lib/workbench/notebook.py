@@ -6,13 +6,14 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from tinyonn_lib.workbench.params import validate
-from tinyonn_lib.workbench.phases import PHASES, Params
+from tinyonn_lib.workbench import words
+from tinyonn_lib.workbench.params import changed, comments, literal, validate
+from tinyonn_lib.workbench.phases import PHASES, Params, Phase
 from tinyonn_lib.workbench.runs import Run, open_run
 
 
 def start(phase: str, namespace: Mapping[str, Any]) -> tuple[Any, Run]:
-    """Check the parameters that the cells above set and open the run folder.
+    """Check the parameters that the cells above set, open the run folder, show what the parameters mean.
 
     Args:
         phase: Name of the phase, such as `"scan"`.
@@ -27,7 +28,20 @@ def start(phase: str, namespace: Mapping[str, Any]) -> tuple[Any, Run]:
         values = {name: namespace[name] for name in chosen.schema.model_fields if name in namespace}
     params: Params = validate(chosen, values)
     _quiet()
-    return params, open_run(chosen, params)
+    run = open_run(chosen, params)
+    _show(chosen, params)
+    return params, run
+
+
+def _show(phase: Phase, params: Params) -> None:
+    """The parameters of this run and their meanings, folded."""
+    from IPython.display import HTML, display
+
+    values = params.model_dump()
+    defaults = {name: literal(default) for name, (default, _) in changed(phase, values).items()}
+    meanings = comments(phase)
+    shown = {name: literal(values[name]) for name in meanings}
+    display(HTML(words.parameters(shown, defaults, meanings)))
 
 
 def assigned(sources: list[str]) -> dict[str, Any]:

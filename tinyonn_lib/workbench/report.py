@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.workbench import words
 from tinyonn_lib.workbench.figures import PLOTLY, figure_summary
 from tinyonn_lib.workbench.page import (
     TEMPLATE,
@@ -87,9 +88,15 @@ def _summary(nb: Any, manifest: dict[str, Any], path: Path) -> dict[str, Any]:
         "changed": [[k, *map(number_text, v)] for k, v in changed.items() if isinstance(v, list) and len(v) == 2],
         "unfinished": unfinished,
         "toc": toc if len(toc) > 2 else [],
-        "made": _made(manifest),
+        "made": _made({k: v for k, v in manifest.items() if k != "params" or not _shows_parameters(nb)}),
         "has_code": any(c.cell_type == "code" and c.source.strip() for c in nb.cells),
     }
+
+
+def _shows_parameters(nb: Any) -> bool:
+    """Whether the table that `start` shows, values and meanings, stands among the cells."""
+    data = [o.get("data", {}) for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs]
+    return any(str(d.get("text/html", "")).startswith(words.PARAMETERS) for d in data)
 
 
 def _made(manifest: dict[str, Any]) -> list[dict[str, Any]]:

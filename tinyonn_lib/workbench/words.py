@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "|`*_$[]\\~"}
 """What Markdown and its mathematics would take for markup: entities are shown as they are."""
 
+PARAMETERS = '<details class="parameters">'
+"""How the table of parameters begins; a report knows it by this."""
+
 
 def facts_table(values: Mapping[str, Any]) -> str:
     """A Markdown table of names and values, numbers with separators."""
@@ -34,6 +37,31 @@ def _cell(value: Any) -> str:
     if isinstance(value, Number):
         return f"{value:,}" if value == value else "–"
     return html.escape(str(value)).translate(_MARKUP)
+
+
+def parameters(values: Mapping[str, str], defaults: Mapping[str, str], meanings: Mapping[str, str]) -> str:
+    """A folded HTML table of parameters: name, value, meaning.
+
+    `defaults` has those of the changed parameters alone: these are marked, with the default next to the value.
+    """
+    rows = []
+    for name, value in values.items():
+        shown = f"<code>{html.escape(value)}</code>"
+        if name in defaults:
+            shown = (
+                f"<code><mark>{html.escape(value)}</mark></code> (default <code>{html.escape(defaults[name])}</code>)"
+            )
+        rows.append(_row("td", f"<code>{name}</code>", shown, html.escape(meanings[name])))
+    count = f"{len(values)} parameters" + (f", {len(defaults)} changed" if defaults else "")
+    return (
+        f"{PARAMETERS}<summary>{count}: values and meanings</summary>\n<table>"
+        f"<thead>{_row('th', 'parameter', 'value', 'meaning')}</thead><tbody>{''.join(rows)}</tbody></table></details>"
+    )
+
+
+def _row(tag: str, *cells: str) -> str:
+    left = f'<{tag} style="text-align: left">'  # JupyterLab sets tables flush right
+    return "<tr>" + "".join(f"{left}{cell}</{tag}>" for cell in cells) + "</tr>\n"
 
 
 def quotations(samples: Mapping[str, str]) -> str:
