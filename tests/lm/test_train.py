@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.lm.train import fit, lr_factor
+from tinyonn_lib.lm.record import HeldOut, spikes
+from tinyonn_lib.lm.schedule import lr_factor
+from tinyonn_lib.lm.train import fit
 
 
 def regression(seed: int = 0) -> tuple[nn.Module, Any, Any]:
@@ -188,15 +190,143 @@ def test_loss_that_is_not_finite_names_the_step(tmp_path: Path, bad: float) -> N
 
 
 def test_spikes_are_logged() -> None:
-    weight = nn.Parameter(torch.zeros(1))
+    weight, notes = nn.Parameter(torch.zeros(1)), list[str]()
     history = fit([weight], lambda x: (weight * x).sum(), lambda step: torch.tensor([100.0 if step == 20 else 1.0]),
-                  torch.optim.SGD([weight], lr=0.1), steps=30)  # fmt: skip
+                  torch.optim.SGD([weight], lr=0.1), steps=30,
+                  progress=lambda *news: notes.append(news[2]))  # fmt: skip
     assert history.loc[history["spike"], "step"].tolist() == [21]
     assert history["grad_norm"].max() == 100.0
+    assert notes[-1].endswith(", 1 spike, the last at step 21")
+    assert spikes(history)[["step", "grad_norm"]].values.tolist() == [[21, 100.0]]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_accumulated_pieces_give_the_gradient_of_the_whole_batch(shards: int) -> None:
+    results, x = [], torch.randn(12, 4, dtype=torch.float64)
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        model, seen = nn.Linear(4, 3).double(), []
+
+        def loss(part: tuple[Tensor, Tensor], model: nn.Module = model, seen: list[int] = seen) -> Tensor:
+            seen.append(len(part[0]))
+            return bounded(model, part)
+
+        history = fit(model, loss, lambda step: (x, x), torch.optim.SGD(model.parameters(), lr=0.5), steps=5, clip=0.1,
+                      shards=shards, accumulate=accumulate)  # fmt: skip
+        assert set(seen) == {12 // shards // accumulate}
+        results.append((model.weight.detach(), history))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-14)
+    pd.testing.assert_frame_equal(results[0][1], results[1][1])
+
+
+def test_a_batch_that_does_not_fall_into_equal_pieces() -> None:
+    model, loss, batch = regression()
+    with pytest.raises(BenchError, match=r"12 rows cannot be cut .* make it a multiple of 5"):
+        fit(model, loss, batch, optimizers(model), steps=3, accumulate=5)
+
+
+def test_bfloat16_is_for_the_loss_only() -> None:
+    model, _, batch = regression()
+    kinds = set()
+
+    def loss(data: dict[str, Tensor]) -> Tensor:
+        out = model(data["x"])
+        kinds.add(out.dtype)
+        return (out.float() - data["y"]).square().mean()
+
+    for precision, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        fit(model, loss, batch, optimizers(model), steps=1, precision=precision)  # type: ignore[arg-type]
+        assert kinds == {kind}
+        kinds.clear()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+FALL_AND_RISE = [5.0, 3.0, 4.0, 2.0, 2.5, 2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("stop_at", [None, 1, 13, 20])
+def test_ends_early_with_the_best_weights(tmp_path: Path, stop_at: int | None) -> None:
+    """Held-out losses as listed: the best look is the fourth, and three without a better one end the training."""
+
+    def train(stop: int | None) -> tuple[pd.DataFrame, float]:
+        weight, done = nn.Parameter(torch.zeros(1)), [0]
+
+        def batch(step: int) -> Tensor:
+            if step == stop:
+                raise Stop
+            done[0] = step + 1
+            return torch.ones(1)
+
+        looks = HeldOut(lambda: FALL_AND_RISE[done[0] // 3 - 1], every=3, patience=3)
+        history = fit([weight], lambda x: (weight * x).sum(), batch, torch.optim.SGD([weight], lr=1.0), steps=100,
+                      clip=None, schedule="constant", held_out=looks, checkpoint=tmp_path / "c.pt",
+                      every_seconds=0)  # fmt: skip
+        return history, float(weight.detach())
+
+    if stop_at is not None:
+        with pytest.raises(Stop):
+            train(stop_at)
+    for _ in range(2):  # the second finds it finished
+        history, weight = train(None)
+        assert history["step"].iloc[-1] == 21
+        assert history["held_out"].dropna().tolist() == FALL_AND_RISE[:7]
+        assert weight == -12.0
+
+
+def test_looks_that_cannot_be() -> None:
+    with pytest.raises(BenchError, match="every=0"):
+        HeldOut(lambda: 0.0, every=0)
+    model, loss, batch = regression()
+    with pytest.raises(BenchError, match="held-out loss is not finite at step 2"):
+        fit(model, loss, batch, optimizers(model), steps=4, held_out=HeldOut(lambda: math.nan, every=2))
+
+
+def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def train(stop: int | None) -> pd.DataFrame:
+        weight = nn.Parameter(torch.zeros(1))
+
+        def batch(step: int) -> Tensor:
+            if step == stop:
+                raise Stop
+            return torch.tensor([100.0 if step == 20 else 1.0])
+
+        return fit([weight], lambda x: (weight * x).sum(), batch, torch.optim.SGD([weight], lr=0.5), steps=45,
+                   held_out=HeldOut(lambda: 0.25, every=9, patience=9), tensorboard=tmp_path / "log",
+                   checkpoint=tmp_path / "c.pt", every_seconds=1e9)  # fmt: skip
+
+    with pytest.raises(Stop):
+        train(43)  # 40 steps are in the log, none of them in a checkpoint
+    assert not (tmp_path / "c.pt").exists()
+    history = train(None)
+    train(None)  # finished: writes nothing
+    log = event_accumulator.EventAccumulator(str(tmp_path / "log")).Reload()
+    for name, column in (("loss", "loss"), ("learning_rate", "lr"), ("gradient_norm", "grad_norm")):
+        assert [event.step for event in log.Scalars(name)] == list(range(1, 46))
+        assert [event.value for event in log.Scalars(name)] == pytest.approx(history[column].tolist())
+    assert [event.step for event in log.Scalars("spike")] == [21]
+    assert [(event.step, event.value) for event in log.Scalars("held_out_loss")] == [(s, 0.25) for s in range(9, 46, 9)]
+
+
+def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    model, loss, batch = regression()
+    with pytest.raises(BenchError, match=r"pip install 'tinyonn\[train\]'"):
+        fit(model, loss, batch, optimizers(model), steps=3, tensorboard=tmp_path)
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"shards": 0}, {"schedule": "square"}, {"optimizers": []}, {"model": []}]
+    "change",
+    [
+        {"steps": 0},
+        {"shards": 0},
+        {"accumulate": 0},
+        {"precision": "float8"},
+        {"schedule": "square"},
+        {"optimizers": []},
+        {"model": []},
+    ],
 )
 def test_refuses(change: dict[str, Any]) -> None:
     model, loss, batch = regression()

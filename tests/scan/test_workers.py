@@ -103,7 +103,7 @@ def test_what_else_can_go_wrong() -> None:
     for code, tail, line in (
         (1, ["loading", elastic, "exitcode : -15 (pid: 3)"], "a worker was killed by signal 9 (out of memory?); again"),
         (1, ["Traceback", "ValueError: 7", "", elastic.replace("-9", "1")], "exit code 1 (ValueError: 7); again"),
-        (2, [], "the workers ended with exit code 2 (no output); again"),
+        (2, [], "a worker ended with exit code 2 (no output); again"),
     ):
         assert launching.reason(code, tail, "worker", "again").endswith(line)
 

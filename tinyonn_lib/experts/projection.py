@@ -22,11 +22,11 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.assemble import TinyONNExpert, dense_weight
 from tinyonn_lib.lm import resume as checkpoints
 from tinyonn_lib.lm.models import FFN
+from tinyonn_lib.progress import Progress
 from tinyonn_lib.scan.audit import refuse_blind_spots
 from tinyonn_lib.scan.scan import device_of, frozen_eval, next_token_loss
 
 _EPS = 1e-12
-Progress = Callable[[int, int, str], None]
 Small = Sequence[TinyONNExpert]
 """One small FFN per layer."""
 
@@ -115,7 +115,7 @@ def capture(
         plan = {"samples": [[int(token) for token in ids] for ids in samples]}
         key = checkpoints.fingerprint(plan, [m for each in weights for m in each], chosen)
         found = checkpoints.restore(checkpoint, key, flat, None, [])
-        start = found[0] if found else 0
+        start = found.step if found else 0
         if found and progress is not None:
             progress(start, len(samples), "going on from the last checkpoint")
 
@@ -158,7 +158,7 @@ def capture(
                     )
                 last = number + 1 == len(samples)
                 if checkpoint is not None and (last or time.monotonic() - saved >= every_seconds):
-                    checkpoints.save(checkpoint, key, number + 1, flat, None, [], {})
+                    checkpoints.save(checkpoint, key, number + 1, flat, None, [], {}, [], [checkpoints.rng_state()])
                     saved = time.monotonic()
                 if progress is not None:
                     progress(number + 1, len(samples), "gradient")

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
@@ -21,15 +21,15 @@ from torch.nn import functional as F
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.judge import bits_per_byte, sample
 from tinyonn_lib.lm.samples import shuffled
+from tinyonn_lib.lm.schedule import Precision, Schedule
 from tinyonn_lib.lm.threads import default_shards
-from tinyonn_lib.lm.train import Progress, Schedule, fit
+from tinyonn_lib.lm.train import fit
+from tinyonn_lib.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["bits_per_byte", "pretrain", "sample"]
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def pretrain(
@@ -82,13 +82,13 @@ def pretrain(
     device = next(model.parameters()).device
     per_step = batch * int(train_blocks.shape[1])
     shards = shards or default_shards(device)
-    loss_fn = _loss(model, _autocast(precision, device))
 
-    def run(target: PreTrainedModel, steps: int, loss: Callable[[Tensor], Tensor], **more: Any) -> pd.DataFrame:
+    def run(target: PreTrainedModel, steps: int, **more: Any) -> pd.DataFrame:
         opts = _optimizers(target, lr_matrix, lr_embedding, weight_decay, momentum, shards)
         source = shuffled(train_blocks, batch, seed, device)
-        return fit(target, loss, source, opts, steps=steps, warmup_steps=min(warmup_steps, steps // 4), clip=clip,
-                   decay_share=decay_share, schedule=schedule, shards=shards, **more)  # fmt: skip
+        return fit(target, _loss(target), source, opts, steps=steps, warmup_steps=min(warmup_steps, steps // 4),
+                   clip=clip, decay_share=decay_share, schedule=schedule, shards=shards, precision=precision,
+                   **more)  # fmt: skip
 
     steps = max(1, round(tokens / per_step))
     attention = model.config._attn_implementation
@@ -99,12 +99,11 @@ def pretrain(
         if seconds is not None:
             plan = checkpoint.with_name(checkpoint.name + ".steps") if checkpoint is not None else None
             trial = copy.deepcopy(model)
-            trial_loss = _loss(trial, _autocast(precision, device))
-            steps = _planned_steps(lambda n: run(trial, n, trial_loss), seconds, plan)
+            steps = _planned_steps(lambda n: run(trial, n), seconds, plan)
             del trial
         return run(
-            model, steps, loss_fn, checkpoint=checkpoint, every_seconds=every_seconds, progress=progress, timing=timing,
-            tag=f"{precision} {seed} {weight_decay} {momentum}",
+            model, steps, checkpoint=checkpoint, every_seconds=every_seconds, progress=progress, timing=timing,
+            tag=f"{seed} {weight_decay} {momentum}",
         )  # fmt: skip
     finally:
         model.eval()
@@ -157,23 +156,9 @@ def _check(blocks: Tensor, model: PreTrainedModel, tokens: int, seconds: float |
         raise BenchError(f"Blocks of {blocks.shape[1]} tokens exceed the model's {config.max_position_embeddings}.")
 
 
-def _autocast(precision: Precision, device: torch.device) -> Callable[[], torch.autocast]:
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise BenchError(f"Unknown precision '{precision}': choose auto, float32 or bfloat16.")
-    fast = precision == "bfloat16"
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
-        else:  # emulated bfloat16 is slower than float32; torch has no public question for it
-            fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    # No cache: it is shared between threads.
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast, cache_enabled=False)
-
-
-def _loss(model: PreTrainedModel, autocast: Callable[[], torch.autocast]) -> Callable[[Tensor], Tensor]:
+def _loss(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     def loss(blocks: Tensor) -> Tensor:
-        with autocast():
-            logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+        logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].reshape(-1))
 
     return loss

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from tinyonn_lib.errors import BenchError
 
 _FINGERPRINT_VALUES = 4096
+
+
+class Found(NamedTuple):
+    """What a checkpoint gives back besides the weights: steps done, history, best values on held-out text."""
+
+    step: int
+    history: dict[str, list[float]]
+    best: list[Tensor]
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -42,6 +50,18 @@ def fingerprint(plan: Mapping[str, Any], params: Sequence[Tensor], batch: Any) -
     return sha.hexdigest()
 
 
+def rng_state() -> list[Tensor]:
+    """Where the random numbers of this process are: the CPU's generator, then every GPU's if they are in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def set_rng_state(states: Sequence[Tensor]) -> None:
+    """Back to `rng_state`."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(list(states[1:]))
+
+
 def save(
     path: Path,
     key: str,
@@ -50,8 +70,14 @@ def save(
     model: nn.Module | None,
     optimizers: Sequence[torch.optim.Optimizer],
     history: Mapping[str, Sequence[float]],
+    best: Sequence[Tensor],
+    rng: Sequence[Sequence[Tensor]],
 ) -> None:
     """Write the whole state so that a kill at any moment leaves the old file or the new one, never half a file.
+
+    Args:
+        best: the values of `params` at the best look at held-out text; empty for none.
+        rng: `rng_state` of each process.
 
     Raises:
         BenchError: no space, or no right to write there.
@@ -63,8 +89,8 @@ def save(
         "buffers": {name: buffer.detach() for name, buffer in _buffers(model).items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "history": {name: torch.tensor(values, dtype=torch.float64) for name, values in history.items()},
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "best": list(best),
+        "rng": [list(states) for states in rng],
     }
     temporary = path.with_name(f".{path.name}.tmp")  # one name: a kill leaves at most one behind
     try:
@@ -74,10 +100,13 @@ def save(
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = (str(error).splitlines() or ["?"])[0][:160]
-        raise BenchError(
-            f"Cannot write the checkpoint {path.name} ({reason}): free disk space and run again."
-        ) from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: Exception) -> BenchError:
+    """The one line for a checkpoint that cannot be written."""
+    reason = (str(error).splitlines() or ["?"])[0][:160]
+    return BenchError(f"Cannot write the checkpoint {path.name} ({reason}): free disk space and run again.")
 
 
 def restore(
@@ -86,8 +115,9 @@ def restore(
     params: Sequence[Tensor],
     model: nn.Module | None,
     optimizers: Sequence[torch.optim.Optimizer],
-) -> tuple[int, dict[str, list[float]]] | None:
-    """Put the saved state back in place; (steps done, history), or None if there is none of this training."""
+    process: int = 0,
+) -> Found | None:
+    """Put the saved state back in place, for the process of that number; None if there is none of this training."""
     if not path.exists():
         return None
     try:
@@ -104,10 +134,9 @@ def restore(
             buffers[name].copy_(saved)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return int(state["step"]), {name: values.tolist() for name, values in state["history"].items()}
+    set_rng_state(state["rng"][process])
+    history = {name: values.tolist() for name, values in state["history"].items()}
+    return Found(int(state["step"]), history, state["best"])
 
 
 def _buffers(model: nn.Module | None) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.progress import Progress
 from tinyonn_lib.scan.audit import input_embedding
 from tinyonn_lib.scan.claims import Lease
 from tinyonn_lib.scan.observer import Observer
@@ -26,7 +27,6 @@ _TELL_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
 # A worker that finds nothing to do looks again after so long.
 _WAIT_SECONDS = 0.3
-Progress = Callable[[int, int, str], None]
 
 
 def scan_samples(

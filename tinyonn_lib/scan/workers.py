@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.worker import PARENT_VARIABLE, run
+from tinyonn_lib.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
     from tinyonn_lib.scan.statistics import Totals
     from tinyonn_lib.scan.store import Store
 
-# Set by `launch`: the store's URL with its password, which does not belong into a file; and that stdin is a pipe whose
-# other end the parent holds.
+# Set by `launch`: the store's URL with its password, which does not belong into a file.
 URL_VARIABLE = "TINYONN_WORKER_URL"
-PARENT_VARIABLE = "TINYONN_WORKER_PARENT"
 _SAY_SECONDS = 10.0
 
 
@@ -82,17 +81,7 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if PARENT_VARIABLE in os.environ:
-        threading.Thread(target=_leave_with_parent, daemon=True).start()
-    try:
-        if len(arguments) != 1:
-            raise BenchError("give one argument, the job: accelerate launch -m tinyonn_lib.scan.workers JOB.json")
-        take_part(Job.read(Path(arguments[0])))
-    except BenchError as error:
-        print(f"tinyonn: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return run(lambda path: take_part(Job.read(path)), argv)
 
 
 def take_part(job: Job) -> None:
@@ -116,7 +105,7 @@ def take_part(job: Job) -> None:
         work(job, model, store, _lines() if rank == 0 and PARENT_VARIABLE not in os.environ else None)
 
 
-def work(job: Job, model: nn.Module, store: Store, progress: Callable[[int, int, str], None] | None) -> Totals:
+def work(job: Job, model: nn.Module, store: Store, progress: Progress | None) -> Totals:
     """Do a share of the job with a loaded model, until the whole scan is complete.
 
     Raises:
@@ -158,7 +147,7 @@ def _device(wanted: str, rank: int) -> str:
     return f"cuda:{rank}"
 
 
-def _lines() -> Callable[[int, int, str], None]:
+def _lines() -> Progress:
     """Progress of the whole scan, a line now and then."""
     said = -_SAY_SECONDS
 
@@ -169,11 +158,6 @@ def _lines() -> Callable[[int, int, str], None]:
             print(f"{done} of {total} samples, {text}", flush=True)
 
     return say
-
-
-def _leave_with_parent() -> None:
-    os.read(0, 1)  # nothing ever comes: it returns when the parent is gone, however it went
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.progress import Progress
 from tinyonn_lib.workbench import page, progress, words
 from tinyonn_lib.workbench.params import changed
 from tinyonn_lib.workbench.phases import PHASES, Params, Phase, runs_root
@@ -270,7 +271,7 @@ class Run:
                 f"or set TINYONN_HOME to another disk, then run `tinyonn {self.phase.name}` again; nothing is lost."
             )
 
-    def progress(self, what: str, unit: str = "it") -> Callable[[int, int, str], None]:
+    def progress(self, what: str, unit: str = "it") -> Progress:
         """`report(done, total, note)`: a bar in JupyterLab, sparse lines in batch."""
         return progress.reporter(what, unit)
 
