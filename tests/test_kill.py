@@ -65,9 +65,9 @@ AMIDST: dict[str, Callable[[Path], bool]] = {
     "scan": committed,
     "cluster": lambda folder: cells_done(folder, 4),  # of ten; the map comes later
     "experts": lambda folder: (folder / "checkpoint/model.safetensors").exists(),  # exported, not yet proven
-    "router": lambda folder: any(folder.glob(".resume/*/train.pt")),  # in its second stage
+    "router": lambda folder: any(folder.glob(".resume/*/trained_router.pt")),
 }
-RESUMED = {"pretrain": "model: .* steps", "scan": "scan: .* samples", "router": "train: .* steps"}
+RESUMED = {"pretrain": "model: .* steps", "scan": "scan: .* samples", "router": "trained router: .* steps"}
 
 
 def kill_amidst(home: Path, phase: str, running: subprocess.Popen[bytes], patience: float = 120) -> None:

@@ -37,7 +37,7 @@ def overrides(texts: Path) -> list[str]:
         "cluster": "clusters=3 neighbours=8 tokens=1500 length=48",
         "experts": "experts=4 eval_tokens=1000 other_tokens=300 tokens=600 length=48 seeds=2 pool=6 pool_size=8 "
         "project_steps=4",
-        "router": "warm_tokens=4000 tokens=4000 batch=4 length=32 lr_warm=0.05 eval_tokens=1000",
+        "router": "warm_tokens=1500 tokens=3000 batch=4 length=32 fit_tokens=600 eval_tokens=1000 speed_seconds=0.2",
     }
     found = [f"{phase}.{item}" for phase, items in values.items() for item in items.split()]
     return [*found, f"pretrain.prompts='The|{HOSTILE}'"]

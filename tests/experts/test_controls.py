@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def evidence_of(x: torch.Tensor, sample: Any, weights: tuple[torch.Tensor, ...],
     return LayerEvidence(layer, rows, gate, up, down, silu, Tokens(x, torch.as_tensor(sample), saliency))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def evidence() -> LayerEvidence:
     make = torch.Generator().manual_seed(0)
 
@@ -44,7 +45,7 @@ def evidence() -> LayerEvidence:
     return evidence_of(normal(len(sample), WIDTH) + 0.5 * normal(SAMPLES, WIDTH)[sample], sample, weights)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def h(evidence: LayerEvidence) -> Any:
     return references.hidden(evidence.tokens.x.numpy(), evidence.gate.numpy(), evidence.up.numpy())
 
@@ -73,7 +74,7 @@ def counts(labels: Any, experts: int) -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_split_fills_the_shape_and_is_reproducible(evidence: LayerEvidence, name: str, shape: Shape) -> None:
-    first, second = (getattr(controls, name)(evidence, shape, 7) for _ in range(2))
+    first, second = (getattr(controls, name)(replace(evidence), shape, 7) for _ in range(2))
     assert first.dtype == np.int64
     assert counts(first, shape.experts) == [shape.shared] + [shape.size] * shape.experts
     np.testing.assert_array_equal(first, second)
@@ -217,6 +218,25 @@ def test_llama_moe_v2_deals_neurons_by_importance(
     found = controls.importance(evidence, torch.from_numpy(middles))
     np.testing.assert_allclose(found, scores, rtol=1e-6)
     assert labels.tolist() == references.dealt(scores, size, references.voted(scores, size, shared))
+
+
+def test_token_clusters_are_found_once_per_number_and_seed(
+    evidence: LayerEvidence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def found(points: Any, clusters: int, seed: int) -> Any:
+        calls.append((clusters, seed))
+        return np.arange(len(points)) % clusters
+
+    monkeypatch.setattr(controls, "balanced_kmeans", found)
+    controls.llama_moe_v2(evidence, Shape(4, 5, 4), 1)
+    for experts, seed in ((4, 1), (3, 1), (4, 2), (4, 1)):
+        assert controls.token_clusters(evidence, experts, seed).shape == (experts, WIDTH)
+    assert calls == [(4, 1), (3, 1), (4, 2)]
+    other = replace(evidence, layer=1)
+    controls.token_clusters(other, 4, 1)
+    assert calls[3:] == [(4, 1)]  # another layer's are its own, and go with it
 
 
 def test_more_experts_than_tokens_is_one_clear_line(evidence: LayerEvidence) -> None:

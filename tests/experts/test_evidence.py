@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -45,6 +47,32 @@ def test_tokens_are_what_autograd_sees(tiny: Tiny) -> None:
         seen = [by_hand(tiny.model, ffn, ids) for ids in samples]
         torch.testing.assert_close(found[layer].x, torch.cat([x for x, _ in seen]))
         torch.testing.assert_close(found[layer].saliency.float(), torch.cat([s for _, s in seen]), rtol=1e-2, atol=1e-7)
+
+
+def test_a_profile_needs_no_backward_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [[5, 9, 200, 31], [7, 8, 9]]
+    with_saliency = evidence.collect(tiny.model, tiny.ffns, samples)
+    known = evidence.Evidence(tiny.ffns, tiny.neurons, tiny.scores, with_saliency)
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    for without, full in zip(
+        evidence.collect(tiny.model, tiny.ffns, samples, saliency=False), with_saliency, strict=True
+    ):
+        assert torch.equal(without.x, full.x)
+        assert torch.equal(without.sample, full.sample)
+        assert without.saliency.shape == (7, 0)
+    scores = evidence.add_profile(tiny.scores, tiny.model, tiny.ffns, tiny.neurons, samples, 3, 1)
+    columns = ["layer", "neuron", "p0", "p1", "p2"]
+    pd.testing.assert_frame_equal(scores[columns], evidence.profile(known, 3, 1))
+
+
+def test_nan_activations_name_the_sample(tiny: Tiny) -> None:
+    broken = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[9] = float("nan")
+    # The head is tied: the logit of token 9 breaks every gradient, its input only the sample that has it.
+    for saliency, sample in ((True, 0), (False, 1)):
+        with pytest.raises(BenchError, match=rf"NaN or infinite activations in .*mlp, calibration sample {sample}: "):
+            evidence.collect(broken, models.ffns(broken), [[5, 6], [8, 9, 10]], saliency=saliency)
 
 
 def test_a_layers_evidence_is_the_layers(tiny: Tiny) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import methods
+from tinyonn_lib.experts import families, methods
 from tinyonn_lib.experts.partition import DROPPED, SHARED, Partition, Shape
 
 from .conftest import Tiny
@@ -29,6 +32,26 @@ def test_each_neuron_once_and_reproducible(tiny: Tiny, method: str, shape: dict[
         assert len(first.shared[layer]) == want.shared
         assert torch.equal(first.experts[layer], second.experts[layer])
         assert torch.equal(first.shared[layer], second.shared[layer])
+
+
+@SHAPES
+def test_what_export_would_refuse_is_refused_before_dividing(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, shape: dict[str, float]
+) -> None:
+    shapes = methods.shapes(tiny.evidence, 4, **shape)
+    asked: list[tuple[families.Layout, bool]] = []
+    family = families.family
+
+    def see(dense: Any, partition: Partition, *, bias: bool = False) -> families.Family:
+        asked.append((families.Layout.of(partition), bias))
+        return family(dense, partition, bias=bias)
+
+    monkeypatch.setattr(families, "family", see)
+    methods.refuse_unexportable(tiny.model.config, shapes)
+    assert asked == [(families.Layout.of(tiny.part("random", **shape)), True)]
+    gemma = AutoConfig.for_model("gemma", num_hidden_layers=2)
+    with pytest.raises(BenchError, match="No standard MoE checkpoint continues a 'gemma' model; exportable: qwen2"):
+        methods.refuse_unexportable(gemma, shapes)
 
 
 @given(neurons=st.integers(1, 400), experts=st.integers(1, 60), shared=st.floats(0, 0.99))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def h_of(evidence: LayerEvidence) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_have_a_column_per_expert_in_any_batch(evidence: LayerEvidence, fresh: torch.Tensor, name: str) -> None:
-    first, second = (getattr(routers, name)(evidence, INDEX, 3) for _ in range(2))
+    first, second = (getattr(routers, name)(replace(evidence), INDEX, 3) for _ in range(2))
     scores = first(fresh)
     assert scores.shape == (2, 3, EXPERTS)
     assert scores.dtype == torch.float32

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from tinyonn_lib import evaluate
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.assemble import TinyONNExpert
-from tinyonn_lib.experts.projection import INITS, Progress, Small, capture, initial
+from tinyonn_lib.experts.projection import INITS, Small, capture, initial
 from tinyonn_lib.lm.models import FFN
 from tinyonn_lib.lm.samples import blocks, shuffled
 from tinyonn_lib.lm.train import fit
+from tinyonn_lib.progress import Progress
 from tinyonn_lib.scan.scan import device_of, frozen_eval
 
-_EPS = 1e-12
 Tap = Callable[[Tensor, Tensor], Tensor | None]
 """`(x, y) → output`: input and output of an FFN, both `(…, d_model)`; None leaves the output as it is."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,30 @@ def model_card(
         f"{' less its dropped neurons' if any(len(part) for part in partition.dropped) else ''}.\n\n"
         f"| | |\n|---|---|\n{table}\n"
     )
+
+
+_VARIABLE = "## Variable number of experts"
+
+
+def with_variable_k(text: str, k: int, mean_k: Sequence[float]) -> str:
+    """A card's text with the section about `variable_k.json`, in place of an earlier one.
+
+    Args:
+        k: what the config asks for.
+        mean_k: per layer, see `variable.VariableK`.
+    """
+    mean = sum(mean_k) / len(mean_k)
+    section = (
+        f"\n{_VARIABLE}\n\n"
+        "Besides its fixed k this model has a threshold per layer, which turns on as many experts as each token needs. "
+        "A standard config can only say one number for all tokens, so plain transformers, and all that is made for it, "
+        f"runs the {k} best. The thresholds lie beside it in `variable_k.json`: an expert is on if its order, as that "
+        f"file says, is above its layer's. By them {mean:.2f} are on in the mean ({min(mean_k):.2f} to "
+        f"{max(mean_k):.2f} by layer).\n\n"
+        "```python\nfrom tinyonn_lib.experts import variable\n\n"
+        "model = variable.load(folder)  # a Transformers model; or variable.attach(model, folder)\n```\n"
+    )
+    return re.sub(rf"\n{_VARIABLE}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL) + section
 
 
 def lineage(weights: Weights) -> tuple[str, str]:

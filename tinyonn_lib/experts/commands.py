@@ -53,6 +53,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _gguf(args: argparse.Namespace) -> None:
+    from tinyonn_lib.experts import variable
     from tinyonn_lib.experts.gguf import to_gguf
 
     print(to_gguf(args.checkpoint, args.out, args.dtype))
+    if (args.checkpoint / variable.FILE).exists():
+        print(f"{variable.FILE} stays behind: a GGUF file has a fixed k, so each token gets as many experts as another")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
@@ -137,11 +138,20 @@ def wanda(evidence: LayerEvidence, shape: Shape, seed: int) -> Labels:
     return best_first(np.sqrt(squares) * evidence.contribution.double().numpy(), shape)
 
 
+def fluctuation(rows: pd.DataFrame, squares: Floats) -> Floats:
+    """Var(h_i)·‖W_down[:, i]‖² over the scan's tokens: FLAP's WIFV metric (An et al. 2024, arXiv:2312.11983).
+
+    Args:
+        rows: the scan's statistics of a layer, in the neurons' order.
+        squares: ‖W_down[:, i]‖², `(d_ffn,)`, as is the result.
+    """
+    mean = rows["act_mean"].to_numpy(np.float64)
+    return (rows["act_sq"].to_numpy(np.float64) - mean**2).clip(min=0) * squares
+
+
 def flap_static(evidence: LayerEvidence, shape: Shape, seed: int) -> Labels:
-    """Best first by Var(h_i)·‖W_down[:, i]‖² over the scan's tokens (FLAP's WIFV metric, arXiv:2312.11983)."""
-    mean = evidence.rows["act_mean"].to_numpy(np.float64)
-    variance = (evidence.rows["act_sq"].to_numpy(np.float64) - mean**2).clip(min=0)
-    return best_first(variance * evidence.contribution.double().numpy() ** 2, shape)
+    """Best first by FLAP's `fluctuation`."""
+    return best_first(fluctuation(evidence.rows, evidence.contribution.double().numpy() ** 2), shape)
 
 
 def cmoe(evidence: LayerEvidence, shape: Shape, seed: int) -> Labels:
@@ -190,13 +200,16 @@ def token_clusters(evidence: LayerEvidence, experts: int, seed: int) -> Tensor:
     Raises:
         BenchError: fewer tokens than experts.
     """
+    if (experts, seed) in evidence.token_centres:
+        return evidence.token_centres[experts, seed]
     x = evidence.x
     if len(x) < experts:
         raise BenchError(
             f"{len(x)} calibration tokens cannot be divided among {experts} experts: use more tokens or fewer experts."
         )
     labels = torch.from_numpy(balanced_kmeans(x.numpy(), experts, seed))
-    return torch.stack([x[labels == e].double().mean(0) for e in range(experts)])
+    centres = torch.stack([x[labels == e].double().mean(0) for e in range(experts)])
+    return evidence.token_centres.setdefault((experts, seed), centres)
 
 
 def importance(evidence: LayerEvidence, centres: Tensor) -> Floats:

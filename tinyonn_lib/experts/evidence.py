@@ -15,6 +15,7 @@ from torch import Tensor
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.assemble import dense_weight
 from tinyonn_lib.lm.models import FFN
+from tinyonn_lib.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Tokens:
     Attributes:
         x: the FFN's input, `(T, d_model)`, in the model's precision.
         sample: which sample each token is from, `(T,)`.
-        saliency: |h·∂L/∂h| of the sample's mean next-token loss, bfloat16 `(T, d_ffn)`.
+        saliency: |h·∂L/∂h| of the sample's mean next-token loss, bfloat16 `(T, d_ffn)`; `(T, 0)` if not asked for.
     """
 
     x: Tensor
@@ -72,6 +73,11 @@ class LayerEvidence:
     def contribution(self) -> Tensor:
         """‖W_down[:, i]‖, `(d_ffn,)`."""
         return self.down.norm(dim=0)
+
+    @cached_property
+    def token_centres(self) -> dict[tuple[int, int], Tensor]:
+        """What `controls.token_clusters` has found so far, by number of experts and seed; a router needs it again."""
+        return {}
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,12 +173,15 @@ def collect(
     model: Any,
     ffns: Sequence[FFN],
     samples: Sequence[Sequence[int]],
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
+    *,
+    saliency: bool = True,
 ) -> list[Tokens]:
     """What every token of the samples does in every FFN: one forward and backward pass per sample.
 
     Args:
         samples: token ids, at least two each. Calibration text, never what is judged on.
+        saliency: False spares the backward pass.
 
     Returns:
         `Tokens` per layer, on the CPU.
@@ -180,7 +189,7 @@ def collect(
     from tinyonn_lib.scan.scan import device_of, frozen_eval, next_token_loss
 
     inputs: list[list[Tensor]] = [[] for _ in ffns]
-    saliency: list[list[Tensor]] = [[] for _ in ffns]
+    salient: list[list[Tensor]] = [[] for _ in ffns]
 
     def keep_x(layer: int) -> Callable[..., None]:
         return lambda module, args: inputs[layer].append(args[0].detach()[0].cpu())
@@ -188,20 +197,25 @@ def collect(
     def keep_saliency(layer: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             h = args[0]
-            h.register_hook(lambda gradient: saliency[layer].append((h.detach() * gradient).abs()[0].bfloat16().cpu()))
+            h.register_hook(lambda gradient: salient[layer].append((h.detach() * gradient).abs()[0].bfloat16().cpu()))
 
         return hook
 
     handles = [ffn.module.register_forward_pre_hook(keep_x(i)) for i, ffn in enumerate(ffns)]
-    handles += [ffn.down.register_forward_pre_hook(keep_saliency(i)) for i, ffn in enumerate(ffns)]
+    if saliency:
+        handles += [ffn.down.register_forward_pre_hook(keep_saliency(i)) for i, ffn in enumerate(ffns)]
     embedding = model.get_input_embeddings()
     handles.append(embedding.register_forward_hook(lambda module, args, out: out.requires_grad_()))
     try:
-        with frozen_eval(model), torch.enable_grad():
+        with frozen_eval(model), torch.set_grad_enabled(saliency):
             for number, ids in enumerate(samples):
-                next_token_loss(model, torch.tensor([ids], device=device_of(model))).backward()
-                for ffn, x, s in zip(ffns, inputs, saliency, strict=True):
-                    if not (x[-1].isfinite().all() and s[-1].isfinite().all()):
+                tokens = torch.tensor([ids], device=device_of(model))
+                if saliency:
+                    next_token_loss(model, tokens).backward()
+                else:
+                    model.get_decoder()(input_ids=tokens, use_cache=False)
+                for ffn, x, s in zip(ffns, inputs, salient, strict=True):
+                    if not all(kept.isfinite().all() for kept in (x[-1], *s[-1:])):
                         raise BenchError(
                             f"NaN or infinite activations in {ffn.name}, calibration sample "
                             f"{number}: load the model with dtype=float32, or it is damaged."
@@ -214,7 +228,8 @@ def collect(
     sample = torch.from_numpy(np.repeat(np.arange(len(samples)), [len(ids) for ids in samples]))
     found = []
     while inputs:  # a layer's pieces go before the next layer's are joined
-        found.append(Tokens(torch.cat(inputs.pop(0)), sample, torch.cat(saliency.pop(0))))
+        pieces = salient.pop(0) or [torch.empty(len(sample), 0, dtype=torch.bfloat16)]
+        found.append(Tokens(torch.cat(inputs.pop(0)), sample, torch.cat(pieces)))
     return found
 
 
@@ -241,7 +256,8 @@ def add_profile(
     """The scores with `size` more columns `p0 …`, the co-activation profile on these samples; unchanged with size 0."""
     if not size:
         return scores
-    found = profile(Evidence(ffns, neurons, scores, collect(model, ffns, samples)), size, seed)
+    tokens = collect(model, ffns, samples, saliency=False)
+    found = profile(Evidence(ffns, neurons, scores, tokens), size, seed)
     return scores.merge(found, on=["layer", "neuron"])
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.judge import start_token
 from tinyonn_lib.lm.models import FFN
+from tinyonn_lib.progress import Progress
 
-Progress = Callable[[int, int, str], None]
 Passage = Callable[[int, int], tuple[str, str, str]]
 """`(sample, position) → (text before, the token, text after)`, fit for a line of text but not escaped."""
 

@@ -267,3 +267,15 @@ def family(dense: Any, partition: Partition, *, bias: bool = False) -> Family:
     raise BenchError(
         f"No standard MoE class holds this '{dense.model_type}' model divided like this: {'; '.join(reasons)}."
     )
+
+
+def trainable(dense: Any, partition: Partition) -> Family:
+    """The class for a router that is trained: one with a selection bias, if any holds this model; it learns better.
+
+    Raises:
+        BenchError: as `family`.
+    """
+    try:
+        return family(dense, partition, bias=True)
+    except BenchError:
+        return family(dense, partition)

@@ -43,7 +43,8 @@ class _Planned:
 def to_gguf(folder: Path | str, out: Path | str, dtype: GGUFType = "f32") -> Path:
     """Write a checkpoint of `export` as a GGUF file; one tensor is in memory at a time.
 
-    Norms, biases and routers stay float32. For q8_0 experts are padded with zero neurons to a multiple of 32.
+    Norms, biases and routers stay float32. For q8_0 experts are padded with zero neurons to a multiple of 32. A
+    variable k (`variable.FILE`) stays behind: a GGUF file has one k for all tokens.
 
     Args:
         folder: what `export` wrote: Qwen2Moe, Qwen3Moe or Glm4Moe.

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tinyonn_lib import evaluate
 from tinyonn_lib.experts.assemble import dense_weight
+from tinyonn_lib.experts.controls import fluctuation
 from tinyonn_lib.experts.evidence import check
 from tinyonn_lib.experts.methods import Divided
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.routing import Scale, chosen, dropped_mean, oracle, scaled, static
 from tinyonn_lib.lm.models import FFN
+from tinyonn_lib.lm.models import ffns as ffns_of
 
 Losses = dict[str, list[evaluate.Loss]]
 """Method and router → one loss per seed, all on the same samples."""
@@ -39,14 +41,16 @@ class Judge:
         self.model, self.ffns, self.batch = model, ffns, batch
         self.ids, self.groups = samples["ids"].tolist(), samples["source"].tolist()
         self.dense = evaluate.loss(model, self.ids, batch)
-        self.flap = flap_scores(neurons, [dense_weight(f.down) for f in ffns])
-        ordered = neurons.sort_values(["layer", "neuron"]).groupby("layer")["act_mean"]
-        self.means = [torch.tensor(rows.to_numpy(), dtype=torch.float32) for _, rows in ordered]
+        layers = [rows for _, rows in neurons.sort_values(["layer", "neuron"]).groupby("layer")]
+        self.means = [torch.tensor(rows["act_mean"].to_numpy(), dtype=torch.float32) for rows in layers]
+        squares = [dense_weight(ffn.down).detach().cpu().double().square().sum(0).numpy() for ffn in ffns]
+        self.flap = [torch.from_numpy(fluctuation(rows, each)) for rows, each in zip(layers, squares, strict=True)]
 
-    def loss(self, scales: Sequence[Scale], shifts: Sequence[Tensor] | None = None) -> evaluate.Loss:
-        """Loss of the divided model."""
-        with scaled(self.ffns, scales, shifts):
-            return evaluate.loss(self.model, self.ids, self.batch)
+    def loss(self, scales: Sequence[Scale], shifts: Sequence[Tensor] | None = None, model: Any = None) -> evaluate.Loss:
+        """Loss of the divided model, or of another one divided alike, such as one whose experts were trained."""
+        ffns = self.ffns if model is None else ffns_of(model)
+        with scaled(ffns, scales, shifts):
+            return evaluate.loss(self.model if model is None else model, self.ids, self.batch)
 
     def static(self, active: float) -> Losses:
         """FLAP's static pruning to the share `active`, without and with the mean of what it dropped.
@@ -107,18 +111,6 @@ class Judge:
         return min(
             (name for name in losses if name.startswith("flap_static") and "router" not in name), key=mean(losses)
         )
-
-
-def flap_scores(neurons: pd.DataFrame, down: Sequence[Tensor]) -> list[Tensor]:
-    """FLAP's importance Var(h_i)·‖W_down[:, i]‖² per layer, `(d_ffn,)` (An et al. 2024, arXiv:2312.11983).
-
-    `down` holds each layer's `down_proj.weight`, `(d_model, d_ffn)`.
-    """
-    found = []
-    for (_, rows), weight in zip(neurons.sort_values(["layer", "neuron"]).groupby("layer"), down, strict=True):
-        variance = torch.tensor((rows["act_sq"] - rows["act_mean"] ** 2).to_numpy()).clamp(min=0)
-        found.append(variance * weight.detach().cpu().double().square().sum(0))
-    return found
 
 
 def mean(losses: Losses) -> Callable[[str], float]:

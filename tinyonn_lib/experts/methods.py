@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import controls, routers
+from tinyonn_lib.experts import controls, families, routers
 from tinyonn_lib.experts.balanced import balanced_kmeans
 from tinyonn_lib.experts.controls import with_shared
 from tinyonn_lib.experts.evidence import Evidence, LayerEvidence
 from tinyonn_lib.experts.partition import Labels, Partition, Shape
 from tinyonn_lib.experts.routers import Router, Score
 from tinyonn_lib.experts.score import FEATURES
+from tinyonn_lib.progress import Progress
 
 Split = Callable[[LayerEvidence, Shape, int], Labels]
 
@@ -120,12 +122,26 @@ def shapes(
     return [Shape.of(width, experts, shared=float(f)) for width, f in zip(widths, fractions, strict=True)]
 
 
+def refuse_unexportable(config: Any, layer_shapes: Sequence[Shape]) -> None:
+    """Can a standard checkpoint hold a model divided like this and its ridge router? To be asked before `divide`.
+
+    Args:
+        config: the dense model's.
+        layer_shapes: from `shapes`.
+
+    Raises:
+        BenchError: none can, as `families.family` says.
+    """
+    labels = [controls.best_first(np.zeros(s.experts * s.size + s.shared), s) for s in layer_shapes]
+    families.family(config, Partition.of("", labels, [shape.experts for shape in layer_shapes]), bias=True)
+
+
 def divide(
     evidence: Evidence,
     names: Iterable[str],
     layer_shapes: Sequence[Shape],
     seeds: Sequence[int] = (0,),
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[Divided]]:
     """Divide every layer by every named method, once per seed where the seed matters.
 
@@ -161,6 +177,21 @@ def divide(
         by_router = {router: tuple(layers) for router, layers in scores[name, seed].items()}
         divided[name].append(Divided(Partition.of(name, labels[name, seed], counts), by_router))
     return divided
+
+
+def alike(evidence: Evidence, name: str, partition: Partition, seed: int = 0) -> Partition:
+    """Divide by method `name` into the same shapes as `partition` has, for a fair comparison.
+
+    Raises:
+        BenchError: unknown method.
+    """
+    layer_shapes = [
+        Shape(index.shape[0], index.shape[1], len(shared))
+        for index, shared in zip(partition.experts, partition.shared, strict=True)
+    ]
+    method = METHODS[named(name)[0]]
+    labels = [method.split(layer, shape, seed) for layer, shape in zip(evidence, layer_shapes, strict=True)]
+    return Partition.of(name, labels, [shape.experts for shape in layer_shapes])
 
 
 def about(divided: Mapping[str, Sequence[Divided]]) -> pd.DataFrame:

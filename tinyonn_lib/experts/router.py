@@ -1,174 +1,120 @@
-"""Train a fresh router over frozen experts (document 000 §3).
-
-Two stages over the same loop: layer-local distillation, in which each layer's router learns which experts matter for
-the token it sees, from the dense layer itself; then the language-model loss through the whole divided model. Because
-the divided model runs as the dense one with scaled neurons, the output of experts that were *not* chosen is at hand,
-too, and the loss can say whether choosing them would have helped.
-"""
+"""A router as a trainable module: how it begins, what it computes, what a checkpoint holds of it (document 000 §3)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from threading import get_ident
+import math
+from collections.abc import Iterable
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tinyonn_lib.experts.assemble import dense_weight
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.experts import routers
+from tinyonn_lib.experts.evidence import LayerEvidence
 from tinyonn_lib.experts.partition import Partition
-from tinyonn_lib.experts.routing import GATES, Scale, energies, per_neuron, scaled, top_mask
-from tinyonn_lib.lm.models import FFN
-from tinyonn_lib.lm.train import fit
+from tinyonn_lib.experts.routing import GATES
+
+INITS: dict[str, routers.Router] = {
+    "random": routers.random,
+    "centroid": routers.gate_mean,
+    "analytic": routers.ridge,
+    "cmoe": routers.representative_gate,
+}
+"""How a router may begin: as the document has it, ExpertWeaver's mean gate rows, ridge regression in closed form, and
+the gate rows of CMoE's representative neurons."""
+
+GAIN = 0.01
+"""How much of a router's logits its gates see at first: they begin close to 1."""
 
 
-def fresh(
-    partition: Partition, width: int, seed: int, spread: float = 0.02, device: torch.device | None = None
-) -> list[nn.Parameter]:
-    """A randomly initialised router: per layer `(experts, width)`, normal with standard deviation `spread`."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
-    drawn = [torch.randn(partition.count, width, generator=generator) * spread for _ in partition.experts]
-    return [nn.Parameter(weight.to(device)) for weight in drawn]
+class Router(nn.Module):
+    """One layer's linear router, as its family of checkpoints computes it.
 
+    The choice is by `x Wᵀ + b`, in units of its own spread over a token's experts, so that temperatures and learning
+    rates mean the same in every model. The gates see `gain · x Wᵀ`; classes with softmax gates have no b.
 
-def distil(
-    model: Any,
-    ffns: Sequence[FFN],
-    partition: Partition,
-    routers: Sequence[nn.Parameter],
-    batch: Callable[[int], Tensor],
-    *,
-    k: int,
-    steps: int,
-    lr: float,
-    **options: Any,
-) -> pd.DataFrame:
-    """Stage one, layer-local: each router learns to name the k experts that add most to the dense layer's output.
-
-    The dense model runs unchanged; per layer and token the target is the oracle's choice (the k largest
-    ‖W_down,e h_e‖₂) and the loss binary cross-entropy per expert, weighted by that norm, because to miss a loud expert
-    costs more. Trains `routers` in place.
-
-    Args:
-        batch: step → token ids `(B, T)`.
-        options: passed to `fit` (checkpoint, progress, shards …).
-
-    Returns:
-        The history of `fit`; `loss` is nats per expert and token, mean over layers.
+    Attributes:
+        weight: `(experts, d_model)`.
+        bias: `(experts,)`, or None.
+        gain: logarithm of the gain, `()`.
+        gates: key of `routing.GATES`.
     """
-    energy = [energies(i, dense_weight(f.down)) for i, f in zip(partition.experts, ffns, strict=True)]
-    found: dict[int, list[Tensor]] = {}
 
-    def watch(layer: int) -> Scale:
-        def scale(x: Tensor, h: Tensor) -> Tensor:
-            norms = energy[layer](h).sqrt()
-            weight = norms / norms.mean(-1, keepdim=True).clamp(min=1e-30)
-            with torch.enable_grad():
-                logits = x.float() @ routers[layer].T
-                loss = F.binary_cross_entropy_with_logits(logits, top_mask(norms, k), weight)
-            found[get_ident()].append(loss)
-            return h.new_ones(())
+    def __init__(self, start: routers.Linear, x: Tensor, gates: str, gain: float = GAIN) -> None:
+        """
+        Args:
+            start: what to begin with; what all its experts have in common changes no choice and is taken out.
+            x: inputs of the layer on calibration text, `(tokens, d_model)`, by which the spread is measured.
 
-        return scale
+        Raises:
+            BenchError: a router that tells no expert from another, or is not finite.
+        """
+        super().__init__()
+        weight, bias = (t.detach().float().cpu() - t.detach().float().cpu().mean(0) for t in (start.weight, start.bias))
+        if gates != "sigmoid":
+            bias = torch.zeros_like(bias)
+        spread = float((x.float().cpu() @ weight.T + bias).std(-1).mean())
+        if not (math.isfinite(spread) and spread > 0):
+            raise BenchError("The initial router scores all experts alike, or not finitely: choose another init.")
+        self.gates = gates
+        self.weight = nn.Parameter(weight / spread)
+        self.bias = nn.Parameter(bias / spread) if gates == "sigmoid" else None
+        self.gain = nn.Parameter(torch.tensor(math.log(gain)))
 
-    def loss(ids: Tensor) -> Tensor:
-        found[get_ident()] = []
-        with torch.no_grad():
-            model.model(input_ids=ids, use_cache=False)
-        return torch.stack(found.pop(get_ident())).mean()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `(…, d_model)` → what to choose by, the gates' factors, and the logits they see, each `(…, experts)`."""
+        score, gain = x.float() @ self.weight.T, self.gain.exp()
+        logits = gain * score
+        if self.bias is None:
+            return score, GATES[self.gates](logits), logits
+        # The family orders by σ(logit) + bias; in units of the score that is this.
+        choice = (logits.sigmoid() - 0.5) * (4 / gain) + self.bias
+        return choice, GATES[self.gates](logits), logits
 
-    optimizer = torch.optim.AdamW(routers, lr=lr, weight_decay=0.0)
-    with scaled(ffns, [watch(layer) for layer in range(len(routers))]):
-        return fit(list(routers), loss, batch, optimizer, steps=steps, **options)
+    def exported(self) -> tuple[Tensor, Tensor | None]:
+        """Rows `(experts, d_model)` and selection biases `(experts,)`, as `export` writes them."""
+        gain = self.gain.detach().exp()
+        return gain * self.weight.detach(), None if self.bias is None else gain / 4 * self.bias.detach()
+
+    def exported_threshold(self, threshold: Tensor | float) -> float:
+        """A threshold of the choice, as one of what the exported router orders by: σ(logit) + bias, or the logit."""
+        gain = float(self.gain.detach().exp())
+        return float(threshold) * gain if self.bias is None else 0.5 + float(threshold) * gain / 4
+
+    @torch.no_grad()
+    def revive(self, expert: int, x: Tensor, k: int) -> None:
+        """Move an expert so that it is chosen on an average share, k/experts, of these inputs `(tokens, d_model)`."""
+        choice = self(x)[0]
+        border = choice.topk(k, dim=-1).values[:, -1]
+        missing = (border - choice[:, expert]).quantile(k / choice.shape[1])
+        if self.bias is not None:
+            self.bias[expert] += missing
+        else:
+            mean = x.float().mean(0)
+            self.weight[expert] += missing * mean / mean.square().sum()
 
 
-def soften(routers: Sequence[Tensor], spread: float) -> list[Tensor]:
-    """Each router scaled to a standard deviation of `spread`: the same choices, softmax gates close to 1.
+def build(
+    evidence: Iterable[LayerEvidence], partition: Partition, init: str, gates: str, seed: int, device: torch.device
+) -> nn.ModuleList:
+    """A `Router` per layer that begins as `INITS[init]` says.
 
-    After stage one the logits are sure of themselves; as they stand they would silence all but one expert.
+    Raises:
+        BenchError: unknown init.
     """
-    return [(w * temper).detach() for w, temper in zip(routers, _tempers(routers, spread), strict=True)]
+    if init not in INITS:
+        raise BenchError(f"Unknown init '{init}' of a router: choose one of {', '.join(INITS)}.")
+    made = []
+    for layer, index in zip(evidence, partition.experts, strict=True):
+        start = INITS[init](layer, index, seed)
+        assert isinstance(start, routers.Linear)
+        made.append(Router(start, layer.x, gates))
+    return nn.ModuleList(made).to(device)
 
 
-def _tempers(routers: Sequence[Tensor], spread: float) -> list[float]:
-    return [spread / float(w.detach().std()) for w in routers]
-
-
-def train(
-    model: Any,
-    ffns: Sequence[FFN],
-    partition: Partition,
-    routers: Sequence[nn.Parameter],
-    batch: Callable[[int], Tensor],
-    *,
-    k: int,
-    steps: int,
-    lr: float,
-    gates: str = "softmax",
-    gate_spread: float = 0.01,
-    temperature: float = 0.2,
-    **options: Any,
-) -> pd.DataFrame:
-    """Stage two: next-token loss through the whole divided model, experts and everything else frozen.
-
-    Forward as the exported checkpoint computes it: the k largest logits, gates as its family has them, such as
-    `experts · softmax(temper · logits)`.
-    Backward also through the choice: straight through a sigmoid of the distance to the k-th logit (Bengio et al. 2013,
-    arXiv:1308.3432), for chosen and unchosen experts alike.
-
-    Args:
-        gates: a key of `routing.GATES`.
-        gate_spread: standard deviation to which the router is scaled for its gates; see `soften`.
-        temperature: width of that sigmoid, in logits.
-
-    Returns:
-        The history of `fit`; `loss` is nats per token. `routers` hold the scaled weights, ready for export.
-    """
-    model.requires_grad_(False)
-    tempers = _tempers(routers, gate_spread)
-
-    def layer_scale(layer: int) -> Scale:
-        weight, temper, widen = routers[layer], tempers[layer], per_neuron(partition, layer)
-
-        def scale(x: Tensor, h: Tensor) -> Tensor:
-            logits = x.float() @ weight.T
-            top = logits.detach().topk(min(k + 1, weight.shape[0]), dim=-1).values
-            border = top[..., k - 1 : k + 1].mean(-1, keepdim=True)
-            soft = torch.sigmoid((logits - border) / temperature)
-            hard = top_mask(logits.detach(), k) * GATES[gates](temper * logits)
-            return widen((hard + soft - soft.detach()).to(h))
-
-        return scale
-
-    def loss(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-    optimizer = torch.optim.AdamW(routers, lr=lr, weight_decay=0.0)
-    scales = [layer_scale(layer) for layer in range(len(routers))]
-    with scaled(ffns, scales):
-        history = fit(list(routers), loss, batch, optimizer, steps=steps, **options)
-    with torch.no_grad():
-        for weight, temper in zip(routers, tempers, strict=True):
-            weight.mul_(temper)
-    return history
-
-
-@torch.no_grad()
-def usage(model: Any, ffns: Sequence[FFN], scales: Sequence[Scale], partition: Partition, ids: Tensor) -> Tensor:
-    """Share of tokens on which each expert is on, `(layers, experts)`; `ids` `(B, T)`."""
-    shares: list[Tensor] = []
-
-    def count(index: Tensor, scale: Scale) -> Scale:
-        def counted(x: Tensor, h: Tensor) -> Tensor:
-            factor = scale(x, h)
-            shares.append((factor[..., index[:, 0]] != 0).float().flatten(0, -2).mean(0))
-            return factor
-
-        return counted
-
-    with scaled(ffns, [count(i, s) for i, s in zip(partition.experts, scales, strict=True)]):
-        model(input_ids=ids.to(model.device), use_cache=False)
-    return torch.stack(shares).cpu()
+def exported(made: Iterable[Any]) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Rows and selection biases of all layers, for `export(routers=…, biases=…)` and `routing.linear_router`."""
+    both = [router.exported() for router in made]
+    biases = [bias for _, bias in both if bias is not None]
+    return [rows for rows, _ in both], biases or None

@@ -59,6 +59,13 @@ class Representative:
         return (self.act(x @ self.gate.to(x.device).T) * (x @ self.up.to(x.device).T)).abs()
 
 
+def random(evidence: LayerEvidence, index: Tensor, seed: int) -> Linear:
+    """Normal rows, as the document has it; another draw in every layer."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + evidence.layer)  # on the CPU: every device alike
+    rows = torch.randn(len(index), evidence.gate.shape[1], generator=generator)
+    return Linear(rows, torch.zeros(len(index)))
+
+
 def gate_mean(evidence: LayerEvidence, index: Tensor, seed: int) -> Linear:
     """The mean gate row of the expert's neurons, as it is (ExpertWeaver, arXiv:2602.15521, eq. 11)."""
     return Linear(evidence.gate[index].mean(1).float(), torch.zeros(len(index)))
@@ -69,6 +76,19 @@ def representative(evidence: LayerEvidence, index: Tensor, seed: int) -> Represe
 
     Normalised rows and the absolute value are of the authors' code; the paper's formula has neither.
     """
+    chosen = _nearest(evidence, index)
+    gate, up = (torch.nn.functional.normalize(w[chosen].float(), dim=1) for w in (evidence.gate, evidence.up))
+    return Representative(gate, up, evidence.act)
+
+
+def representative_gate(evidence: LayerEvidence, index: Tensor, seed: int) -> Linear:
+    """The linear part of CMoE's router, which a checkpoint can hold: its neurons' gate rows, each of length 1."""
+    rows = evidence.gate[_nearest(evidence, index)].float()
+    return Linear(torch.nn.functional.normalize(rows, dim=1), torch.zeros(len(index)))
+
+
+def _nearest(evidence: LayerEvidence, index: Tensor) -> Tensor:
+    """Of each expert the neuron whose markers are nearest to the mean of its expert's, `(experts,)`."""
     marked = controls.marks(evidence, controls.MARKERS)
     chosen = []
     for neurons in index:
@@ -76,10 +96,7 @@ def representative(evidence: LayerEvidence, index: Tensor, seed: int) -> Represe
         # Distance to the mean, times size, less what all have in common: whole numbers, so that ties are ties.
         distance = len(neurons) * own.sum(0) - 2 * (own.T @ own.sum(1))
         chosen.append(neurons[distance.argmin()])
-    gate, up = (
-        torch.nn.functional.normalize(w[torch.stack(chosen)].float(), dim=1) for w in (evidence.gate, evidence.up)
-    )
-    return Representative(gate, up, evidence.act)
+    return torch.stack(chosen)
 
 
 def token_centres(evidence: LayerEvidence, index: Tensor, seed: int) -> Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tinyonn_lib import evaluate
 from tinyonn_lib.experts.judge import ORACLE, Judge, Losses, mean
 from tinyonn_lib.experts.methods import Divided
 from tinyonn_lib.experts.routers import Linear
+from tinyonn_lib.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def trial(
     courts: Mapping[str, Judge],
     divided: Mapping[str, Sequence[Divided]],
     actives: Iterable[float],
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     resume: Path | None = None,
 ) -> Trial:
     """Measure every partition at each active share on each kind of text.

@@ -173,16 +173,28 @@ class Router(Params):
     device: str
     active: Fraction
     partition: str
-    warm_tokens: Count
+    refine: Annotated[int, Field(ge=0, le=100)]
+    init: Literal["random", "centroid", "analytic", "cmoe"]
+    variable: bool
+    goal: Literal["kl", "lm"]
+    warm_tokens: Annotated[int, Field(ge=0)]
     tokens: Count
     batch: Count
+    accumulate: Count
     length: Annotated[int, Field(ge=8)]
-    lr_warm: Positive
     lr: Positive
-    gate_spread: Positive
-    temperature: Positive
-    checkpoint_seconds: Positive
+    schedule: Literal["trapezoidal", "cosine", "constant"]
+    precision: Literal["float32", "bfloat16", "auto"]
+    balance: Annotated[float, Field(ge=0)]
+    z_loss: Annotated[float, Field(ge=0)]
+    revive: bool
+    lr_experts: Annotated[float, Field(ge=0, lt=1)]
+    unfreeze: Fraction
+    patience: Count
+    fit_tokens: Count
     eval_tokens: Count
+    speed_seconds: Positive
+    checkpoint_seconds: Positive
     seed: Seed
 
 

@@ -1,0 +1,286 @@
+"""Train routers over frozen experts, and the control with the same means (document 000 §3).
+
+The choice begins soft and hardens (`soft`); the loss is layer-local, or that of the whole model (`student.Goal`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.experts.partition import Partition
+from tinyonn_lib.experts.router import Router
+from tinyonn_lib.experts.routing import scaled
+from tinyonn_lib.experts.soft import END, temperature
+from tinyonn_lib.experts.student import Pruned, Routed, Student, budgets, divergence, next_token
+from tinyonn_lib.lm import models
+from tinyonn_lib.lm.models import FFN
+from tinyonn_lib.lm.record import HeldOut
+from tinyonn_lib.lm.train import fit
+
+LOOKS = 10
+"""How often in a training usage and validation loss are measured."""
+
+DEAD = 0.001
+"""Share of tokens below which an expert counts as dead."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a router learns.
+
+    Attributes:
+        goal: see `student.Goal`.
+        lr: AdamW's peak rate for routers, in units of their spread; also of the control's factors and bias.
+        variable: choose as many experts as a threshold lets through, k in the mean, instead of k.
+        balance, z_loss: weights of these losses; see `student.Student`.
+        revive: move dead experts so that they are chosen again, at each look but the last three.
+        lr_experts: AdamW's peak rate for the experts' own weights; 0: frozen.
+        unfreeze: share of the steps, at the end, in which they train, too.
+        patience: looks without a better validation loss after which training ends.
+    """
+
+    goal: str = "kl"
+    lr: float = 5e-3
+    variable: bool = False
+    balance: float = 0.0
+    z_loss: float = 0.0
+    revive: bool = False
+    lr_experts: float = 0.0
+    unfreeze: float = 0.25
+    patience: int = LOOKS
+
+
+def recipe(values: Mapping[str, Any]) -> Recipe:
+    """From a phase's parameters; those with other names are left alone, and `variable` is said for each training."""
+    names = {field.name for field in fields(Recipe)} - {"variable"}
+    return Recipe(**{name: value for name, value in values.items() if name in names})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out.
+
+    Attributes:
+        model: the dense model whose neurons the router schedules: the one given, or with unfrozen experts a copy.
+        layers: per FFN a `Routed` (with its `router`) or a `Pruned`.
+        history: of `fit`, with a column `stage`.
+        usage: share of validation tokens on which each expert is on: `step, layer, expert, share, dead`.
+    """
+
+    model: Any
+    layers: Sequence[Any]
+    history: pd.DataFrame
+    usage: pd.DataFrame
+
+    @property
+    def routers(self) -> list[Router]:
+        return [layer.router for layer in self.layers]
+
+
+def train(
+    model: Any,
+    partition: Partition,
+    routers: Iterable[Any],
+    batch: Callable[[int], Tensor],
+    validation: Tensor,
+    *,
+    k: int,
+    steps: int,
+    recipe: Recipe = Recipe(),
+    checkpoint: Path | None = None,
+    **options: Any,
+) -> Trained:
+    """Train routers in place over the experts of a dense model.
+
+    Args:
+        routers: from `router.build`.
+        batch: step → token ids `(B, T)`.
+        validation: token ids `(N, T)` of calibration text that is not trained on: usage, early stop, and the
+            threshold of a variable number of experts are measured on it.
+        k: experts on per layer and token; their mean with `recipe.variable`.
+        checkpoint: private file for resuming; a stage with unfrozen experts has its own beside it.
+        options: passed to `fit` (progress, shards, tensorboard, accelerator …).
+    """
+    layers = [Routed(r, partition, i, k, variable=recipe.variable) for i, r in enumerate(routers)]
+    model.requires_grad_(False)
+    late = round(steps * recipe.unfreeze) if recipe.lr_experts else 0
+    if late and recipe.goal == "layer":
+        raise BenchError("Experts can train with goal=kl or lm: the layer-local loss is that of the choice alone.")
+    course = _Course(model, layers, validation, recipe, steps - late, batch, soft=True)
+    tables, usages = [], []
+    if steps > late:
+        tables.append(course.run(checkpoint, **options).assign(stage="router"))
+        usages.append(course.usage())
+    if late:
+        student = copy.deepcopy(model)
+        for ffn in models.ffns(student):
+            for linear in (ffn.gate, ffn.up, ffn.down):
+                linear.weight.requires_grad_(True)
+        joint = _Course(student, layers, validation, recipe, late, batch, first=steps - late, teacher=model, soft=False)
+        own = checkpoint and checkpoint.with_name(f"{checkpoint.name}.experts")
+        tables.append(joint.run(own, **options).assign(stage="router and experts"))
+        usages.append(joint.usage())
+        model = student.requires_grad_(False)
+    if recipe.variable:
+        calibrate(model, models.ffns(model), layers, validation)
+    return Trained(model, layers, _joined(tables), pd.concat(usages, ignore_index=True))
+
+
+def train_pruned(
+    model: Any,
+    keep: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    batch: Callable[[int], Tensor],
+    validation: Tensor,
+    *,
+    steps: int,
+    recipe: Recipe = Recipe(),
+    checkpoint: Path | None = None,
+    **options: Any,
+) -> Trained:
+    """The control: static pruning whose neurons learn a factor each and whose layers a bias, from as much text.
+
+    Args:
+        keep: per layer 1 for neurons that stay, else 0, `(d_ffn,)`.
+        bias: per layer what the output's bias begins with, `(d_model,)`.
+        batch, validation, steps, checkpoint, options: as in `train`.
+    """
+    model.requires_grad_(False)
+    device = next(model.parameters()).device
+    layers = [Pruned(mask.to(device), start.to(device)) for mask, start in zip(keep, bias, strict=True)]
+    course = _Course(model, layers, validation, recipe, steps, batch, soft=False)
+    history = course.run(checkpoint, **options).assign(stage="pruned")
+    return Trained(model, layers, history, course.usage())
+
+
+class _Course(nn.Module):
+    """One `fit`: a student, and what is looked at on the way. The looks are a buffer, so that a checkpoint has them."""
+
+    looks: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[nn.Module],
+        validation: Tensor,
+        recipe: Recipe,
+        steps: int,
+        batch: Callable[[int], Tensor],
+        *,
+        soft: bool,
+        first: int = 0,
+        teacher: Any = None,
+    ) -> None:
+        super().__init__()
+        self._ffns = models.ffns(model)
+        weights = {"balance": recipe.balance, "z_loss": recipe.z_loss}
+        self.student = Student(model, self._ffns, layers, goal=recipe.goal, teacher=teacher, **weights)
+        self._recipe, self._steps, self._first, self._soft = recipe, steps, first, soft
+        self._validation, self._batch = validation, batch
+        self._every = max(1, -(-steps // LOOKS))
+        routed = [layer.experts for layer in layers if isinstance(layer, Routed)]
+        self.register_buffer("looks", torch.full((LOOKS + 1, len(routed), max(routed, default=0)), torch.nan))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def run(self, checkpoint: Path | None, **options: Any) -> pd.DataFrame:
+        slow = [p for p in self.student.model.parameters() if p.requires_grad]
+        fast = [p for p in self.student.layers.parameters() if p.requires_grad]
+        groups = [{"params": fast, "lr": self._recipe.lr}]
+        groups += [{"params": slow, "lr": self._recipe.lr_experts}] if slow else []
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        held_out = HeldOut(self.look, self._every, self._recipe.patience)
+        options = {"warmup_steps": min(10, self._steps // 4)} | options
+        with self.student.running():
+            history = fit(
+                self, self.student.loss, self.data, optimizer,
+                steps=self._steps, held_out=held_out, checkpoint=checkpoint, tag=repr(self._recipe), **options,
+            )  # fmt: skip
+        self.to(self._validation.device)  # ZeRO-3 leaves the weights in main memory
+        return history
+
+    def data(self, step: int) -> dict[str, Tensor]:
+        """A batch and the temperature of its step."""
+        ids = self._batch(self._first + step)
+        warmth = temperature(step, self._steps) if self._soft else END
+        return {"ids": ids, "temperature": torch.full((len(ids),), warmth, device=ids.device)}
+
+    @torch.no_grad()
+    def look(self) -> float:
+        """Validation loss with the hard choice, nats per token; notes usage and revives the dead."""
+        layers: Any = self.student.layers
+        if self._recipe.variable:
+            calibrate(self.student.model, self._ffns, layers, self._validation)
+        seen = [_Seen(layer) for layer in layers]
+        total = 0.0
+        for ids in self._validation.split(16):
+            target = None if self._recipe.goal == "lm" else self.student.teacher(input_ids=ids, use_cache=False).logits
+            with scaled(self._ffns, [each.scale for each in seen]):
+                logits = self.student.model(input_ids=ids, use_cache=False).logits
+            loss = next_token(logits, ids) if target is None else divergence(logits, target)
+            total += float(loss) * len(ids)
+        number = int(self.count)
+        self.count += 1
+        for place, each in enumerate(seen):
+            if isinstance(each.layer, Routed):
+                self._note(number, place, each)
+        return total / len(self._validation)
+
+    def _note(self, number: int, place: int, seen: _Seen) -> None:
+        shares = torch.stack(seen.shares).mean(0)
+        self.looks[number, place, : len(shares)] = shares
+        if self._recipe.revive and number < LOOKS - 3:
+            for expert in (shares < DEAD).nonzero().flatten().tolist():
+                seen.layer.router.revive(expert, seen.x, seen.layer.k)
+
+    def usage(self) -> pd.DataFrame:
+        """See `Trained.usage`."""
+        rows = []
+        for number in range(int(self.count)):
+            step = self._first + min(self._steps, (number + 1) * self._every)
+            for layer, shares in enumerate(self.looks[number].tolist()):
+                rows += [(step, layer, expert, share) for expert, share in enumerate(shares) if share == share]
+        table = pd.DataFrame(rows, columns=["step", "layer", "expert", "share"])
+        return table.assign(dead=table["share"] < DEAD)
+
+
+class _Seen:
+    """A layer's hard choice, with what it saw and whom it called."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.x = torch.empty(0)
+        self.shares: list[Tensor] = []
+
+    def scale(self, x: Tensor, h: Tensor) -> Tensor:
+        self.x = x.flatten(0, -2)
+        if isinstance(self.layer, Routed):
+            self.shares.append(self.layer.hard(x)[0].flatten(0, -2).mean(0))
+        factor: Tensor = self.layer.scale(x, h)
+        return factor
+
+
+@torch.no_grad()
+def calibrate(model: Any, ffns: Sequence[FFN], layers: Sequence[Routed], ids: Tensor) -> None:
+    """Set the thresholds so that on these token ids `(N, T)` the layers have their budgets on, k in the mean."""
+    scales = [layer.calibrate(float(k)) for layer, k in zip(layers, budgets(layers), strict=True)]
+    with scaled(ffns, scales):
+        model.model(input_ids=ids, use_cache=False)
+
+
+def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Histories of consecutive stages as one: steps and tokens go on."""
+    joined = list(tables[:1])
+    for table in tables[1:]:
+        before = joined[-1].iloc[-1]
+        joined.append(table.assign(step=table["step"] + before["step"], tokens=table["tokens"] + before["tokens"]))
+    return pd.concat(joined, ignore_index=True)
