@@ -55,7 +55,8 @@ class Router(nn.Module):
         if gates != "sigmoid":
             bias = torch.zeros_like(bias)
         spread = float((x.float().cpu() @ weight.T + bias).std(-1).mean())
-        if not (math.isfinite(spread) and spread > 0):
+        level = float((x.float().cpu() @ start.weight.detach().float().cpu().T).abs().mean())
+        if not (math.isfinite(spread) and spread > 1e-6 * level):
             raise BenchError("The initial router scores all experts alike, or not finitely: choose another init.")
         self.gates = gates
         self.weight = nn.Parameter(weight / spread)
@@ -64,7 +65,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `(…, d_model)` → what to choose by, the gates' factors, and the logits they see, each `(…, experts)`."""
-        score, gain = x.float() @ self.weight.T, self.gain.exp()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would choose others than the exported router
+            score, gain = x.float() @ self.weight.T, self.gain.exp()
         logits = gain * score
         if self.bias is None:
             return score, GATES[self.gates](logits), logits
@@ -87,12 +89,15 @@ class Router(nn.Module):
         """Move an expert so that it is chosen on an average share, k/experts, of these inputs `(tokens, d_model)`."""
         choice = self(x)[0]
         border = choice.topk(k, dim=-1).values[:, -1]
-        missing = (border - choice[:, expert]).quantile(k / choice.shape[1])
+        missing = border - choice[:, expert]
+        rank = max(1, round(len(x) * k / choice.shape[1]))
         if self.bias is not None:
-            self.bias[expert] += missing
+            self.bias[expert] += missing.kthvalue(rank).values
         else:
             mean = x.float().mean(0)
-            self.weight[expert] += missing * mean / mean.square().sum()
+            along = x.float() @ mean
+            reach = torch.where(along > 0, missing / along, torch.inf)
+            self.weight[expert] += reach.kthvalue(min(rank, int((along > 0).sum()))).values * mean
 
 
 def build(

@@ -17,7 +17,7 @@ START, END = 0.4, 0.03
 SOFT = 0.8
 """Share of the steps over which the temperature falls; the rest trains at the last one."""
 
-_HALVINGS, _NEWTON = 14, 3
+_HALVINGS, _NEWTON = 24, 3
 
 
 def temperature(step: int, steps: int) -> float:

@@ -33,7 +33,7 @@ class Routed(nn.Module):
 
     Attributes:
         router: what is learned.
-        budget: with a variable number of experts, log share of all layers' budget that this layer takes, `()`.
+        budget: with a variable number of experts, log share of all layers' budget that this layer takes, `(1,)`.
         threshold: of the choice, `()`, once it is calibrated (`calibrate`); NaN before.
     """
 
@@ -44,7 +44,7 @@ class Routed(nn.Module):
         self.router, self.k, self.variable = router, k, variable
         self.experts = partition.experts[layer].shape[0]
         self._widen = per_neuron(partition, layer)
-        self.budget = nn.Parameter(torch.zeros(()), requires_grad=variable)
+        self.budget = nn.Parameter(torch.zeros(1), requires_grad=variable)  # DeepSpeed takes no scalars
         self.register_buffer("threshold", torch.tensor(float("nan")))
 
     def forward(self, x: Tensor, h: Tensor, temperature: Tensor, k: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class Routed(nn.Module):
 
         def scale(x: Tensor, h: Tensor) -> Tensor:
             choice = self.router(x)[0].flatten()
-            on = round(k * len(choice) / self.experts)
+            on = min(round(k * len(choice) / self.experts), len(choice) - 1)
             # Between two of the values, so that rounding in a checkpoint flips neither.
             self.threshold.copy_(choice.topk(on + 1).values[-2:].mean())
             return self.scale(x, h)
@@ -189,7 +189,8 @@ class Student(nn.Module):
                 error = factor.new_zeros(())
                 if mode == "watch":
                     down = self._down[place]
-                    error = (((factor - 1) * h).float() @ down.T).square().sum() / (h.float() @ down.T).square().sum()
+                    lost = ((factor - 1) * h).float() @ down.T + getattr(self.layers[place], "bias", 0.0)
+                    error = lost.square().sum() / (h.float() @ down.T).square().sum()
             here.found.append((error, penalties))
             return factor if mode == "on" else h.new_ones(())
 
@@ -210,8 +211,8 @@ def budgets(layers: Iterable[nn.Module]) -> list[Any]:
     routed = [layer for layer in layers if isinstance(layer, Routed)]
     if not routed or not routed[0].variable:
         return [layer.k for layer in routed] or [0] * len(list(layers))
-    shares = torch.stack([layer.budget for layer in routed]).softmax(0) * len(routed)
-    return [(layer.k * share).clamp(0.5, layer.experts - 0.5) for layer, share in zip(routed, shares, strict=True)]
+    k, experts = routed[0].k, routed[0].experts
+    return list(experts * soft_top_k(torch.cat([layer.budget for layer in routed]), len(routed) * k / experts, 1.0))
 
 
 def next_token(logits: Tensor, ids: Tensor) -> Tensor:

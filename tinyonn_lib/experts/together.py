@@ -215,6 +215,7 @@ def _train(job: dict[str, Any], model: Any, together: Accelerator) -> Trained:
         rows = state["weight"]
         made = Router(Linear(rows, rows.new_zeros(len(rows))), rows, gates)
         made.load_state_dict(state)  # all that it holds: what it was built from does not matter
+        made.gain = nn.Parameter(made.gain.detach().view(1))  # DeepSpeed takes no scalars
         routers.append(made.to(device))
     return training.train(model, partition, routers, batch, validation, k=job["k"], **same)
 

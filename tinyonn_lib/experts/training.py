@@ -21,13 +21,16 @@ from tinyonn_lib.experts.router import Router
 from tinyonn_lib.experts.routing import scaled
 from tinyonn_lib.experts.soft import END, temperature
 from tinyonn_lib.experts.student import Pruned, Routed, Student, budgets, divergence, next_token
-from tinyonn_lib.lm import models
+from tinyonn_lib.lm import models, resume
 from tinyonn_lib.lm.models import FFN
 from tinyonn_lib.lm.record import HeldOut
 from tinyonn_lib.lm.train import fit
 
 LOOKS = 10
 """How often in a training usage and validation loss are measured."""
+
+MORE = 8
+"""Training batches on which, besides the validation text, final thresholds are set."""
 
 DEAD = 0.001
 """Share of tokens below which an expert counts as dead."""
@@ -42,7 +45,8 @@ class Recipe:
         lr: AdamW's peak rate for routers, in units of their spread; also of the control's factors and bias.
         variable: choose as many experts as a threshold lets through, k in the mean, instead of k.
         balance, z_loss: weights of these losses; see `student.Student`.
-        revive: move dead experts so that they are chosen again, at each look but the last three.
+        revive: move dead experts so that they are chosen again, at each look but the last three; its loss is the one
+            after that.
         lr_experts: AdamW's peak rate for the experts' own weights; 0: frozen.
         unfreeze: share of the steps, at the end, in which they train, too.
         patience: looks without a better validation loss after which training ends.
@@ -73,7 +77,7 @@ class Trained:
         model: the dense model whose neurons the router schedules: the one given, or with unfrozen experts a copy.
         layers: per FFN a `Routed` (with its `router`) or a `Pruned`.
         history: of `fit`, with a column `stage`.
-        usage: share of validation tokens on which each expert is on: `step, layer, expert, share, dead`.
+        usage: share of validation tokens on which each expert is on, at each look: `step, layer, expert, share, dead`.
     """
 
     model: Any
@@ -99,7 +103,7 @@ def train(
     checkpoint: Path | None = None,
     **options: Any,
 ) -> Trained:
-    """Train routers in place over the experts of a dense model.
+    """Train routers in place over the experts of a dense model, which is frozen from then on.
 
     Args:
         routers: from `router.build`.
@@ -110,28 +114,37 @@ def train(
         checkpoint: private file for resuming; a stage with unfrozen experts has its own beside it.
         options: passed to `fit` (progress, shards, tensorboard, accelerator …).
     """
+    if not 1 <= k <= partition.count:
+        raise BenchError(f"k={k} active experts: choose 1 to {partition.count}.")
+    if recipe.lr_experts and recipe.goal == "layer":
+        raise BenchError("Experts can train with goal=kl or lm: the layer-local loss is that of the choice alone.")
     layers = [Routed(r, partition, i, k, variable=recipe.variable) for i, r in enumerate(routers)]
     model.requires_grad_(False)
-    late = round(steps * recipe.unfreeze) if recipe.lr_experts else 0
-    if late and recipe.goal == "layer":
-        raise BenchError("Experts can train with goal=kl or lm: the layer-local loss is that of the choice alone.")
+    owners = [partition.owner(layer) for layer in range(len(layers))]
+    tag = resume.fingerprint({"recipe": recipe, "k": k}, owners, None)
+    late = max(1, round(steps * recipe.unfreeze)) if recipe.lr_experts else 0
     course = _Course(model, layers, validation, recipe, steps - late, batch, soft=True)
     tables, usages = [], []
     if steps > late:
-        tables.append(course.run(checkpoint, **options).assign(stage="router"))
+        tables.append(course.run(checkpoint, tag, **options).assign(stage="router"))
         usages.append(course.usage())
     if late:
         student = copy.deepcopy(model)
         for ffn in models.ffns(student):
             for linear in (ffn.gate, ffn.up, ffn.down):
+                if not linear.weight.is_floating_point():
+                    raise BenchError("Quantised experts cannot train: load the model in bfloat16, or set lr_experts=0.")
                 linear.weight.requires_grad_(True)
-        joint = _Course(student, layers, validation, recipe, late, batch, first=steps - late, teacher=model, soft=False)
+        joint = _Course(
+            student, layers, validation, recipe, late, batch, first=sum(map(len, tables)), teacher=model, soft=False
+        )
         own = checkpoint and checkpoint.with_name(f"{checkpoint.name}.experts")
-        tables.append(joint.run(own, **options).assign(stage="router and experts"))
+        tables.append(joint.run(own, tag, **options).assign(stage="router and experts"))
         usages.append(joint.usage())
         model = student.requires_grad_(False)
     if recipe.variable:
-        calibrate(model, models.ffns(model), layers, validation)
+        more = [batch(step).to(validation.device) for step in range(min(MORE, steps))]
+        calibrate(model, models.ffns(model), layers, torch.cat([validation, *more]))
     return Trained(model, layers, _joined(tables), pd.concat(usages, ignore_index=True))
 
 
@@ -158,7 +171,8 @@ def train_pruned(
     device = next(model.parameters()).device
     layers = [Pruned(mask.to(device), start.to(device)) for mask, start in zip(keep, bias, strict=True)]
     course = _Course(model, layers, validation, recipe, steps, batch, soft=False)
-    history = course.run(checkpoint, **options).assign(stage="pruned")
+    tag = resume.fingerprint({"recipe": recipe}, keep, None)
+    history = course.run(checkpoint, tag, **options).assign(stage="pruned")
     return Trained(model, layers, history, course.usage())
 
 
@@ -189,10 +203,11 @@ class _Course(nn.Module):
         self._validation, self._batch = validation, batch
         self._every = max(1, -(-steps // LOOKS))
         routed = [layer.experts for layer in layers if isinstance(layer, Routed)]
-        self.register_buffer("looks", torch.full((LOOKS + 1, len(routed), max(routed, default=0)), torch.nan))
+        self.register_buffer("looks", torch.full((LOOKS, len(routed), max(routed, default=0)), torch.nan))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
-    def run(self, checkpoint: Path | None, **options: Any) -> pd.DataFrame:
+    def run(self, checkpoint: Path | None, tag: str, **options: Any) -> pd.DataFrame:
+        """`tag` tells trainings apart that begin alike."""
         slow = [p for p in self.student.model.parameters() if p.requires_grad]
         fast = [p for p in self.student.layers.parameters() if p.requires_grad]
         groups = [{"params": fast, "lr": self._recipe.lr}]
@@ -203,7 +218,7 @@ class _Course(nn.Module):
         with self.student.running():
             history = fit(
                 self, self.student.loss, self.data, optimizer,
-                steps=self._steps, held_out=held_out, checkpoint=checkpoint, tag=repr(self._recipe), **options,
+                steps=self._steps, held_out=held_out, checkpoint=checkpoint, tag=tag, **options,
             )  # fmt: skip
         self.to(self._validation.device)  # ZeRO-3 leaves the weights in main memory
         return history
@@ -217,30 +232,37 @@ class _Course(nn.Module):
     @torch.no_grad()
     def look(self) -> float:
         """Validation loss with the hard choice, nats per token; notes usage and revives the dead."""
-        layers: Any = self.student.layers
-        if self._recipe.variable:
-            calibrate(self.student.model, self._ffns, layers, self._validation)
-        seen = [_Seen(layer) for layer in layers]
-        total = 0.0
-        for ids in self._validation.split(16):
-            target = None if self._recipe.goal == "lm" else self.student.teacher(input_ids=ids, use_cache=False).logits
-            with scaled(self._ffns, [each.scale for each in seen]):
-                logits = self.student.model(input_ids=ids, use_cache=False).logits
-            loss = next_token(logits, ids) if target is None else divergence(logits, target)
-            total += float(loss) * len(ids)
+        loss, seen = self._measure()
         number = int(self.count)
         self.count += 1
         for place, each in enumerate(seen):
             if isinstance(each.layer, Routed):
-                self._note(number, place, each)
-        return total / len(self._validation)
+                self.looks[number, place, : each.layer.experts] = each.shares
+        if self._recipe.revive and number < -(-self._steps // self._every) - 3 and self._revive(seen):
+            loss, _ = self._measure()  # what is kept as the best is what was measured
+        return loss
 
-    def _note(self, number: int, place: int, seen: _Seen) -> None:
-        shares = torch.stack(seen.shares).mean(0)
-        self.looks[number, place, : len(shares)] = shares
-        if self._recipe.revive and number < LOOKS - 3:
-            for expert in (shares < DEAD).nonzero().flatten().tolist():
-                seen.layer.router.revive(expert, seen.x, seen.layer.k)
+    def _revive(self, seen: Sequence[_Seen]) -> bool:
+        dead = [(each, expert) for each in seen for expert in (each.shares < DEAD).nonzero().flatten().tolist()]
+        for each, expert in dead:
+            each.layer.router.revive(expert, each.x, each.layer.k)
+        return bool(dead)
+
+    def _measure(self) -> tuple[float, list[_Seen]]:
+        layers: Any = self.student.layers
+        if self._recipe.variable:
+            calibrate(self.student.model, self._ffns, layers, self._validation)
+        seen = [_Seen(layer) for layer in layers]
+        # Copies: ZeRO-3 takes the weights themselves back on the way.
+        shifts = [layer.bias.clone() for layer in layers if isinstance(layer, Pruned)] or None
+        total = 0.0
+        for ids in self._validation.split(16):
+            target = None if self._recipe.goal == "lm" else self.student.teacher(input_ids=ids, use_cache=False).logits
+            with scaled(self._ffns, [each.scale for each in seen], shifts):
+                logits = self.student.model(input_ids=ids, use_cache=False).logits
+            loss = next_token(logits, ids) if target is None else divergence(logits, target)
+            total += float(loss) * len(ids)
+        return total / len(self._validation), seen
 
     def usage(self) -> pd.DataFrame:
         """See `Trained.usage`."""
@@ -259,12 +281,20 @@ class _Seen:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.x = torch.empty(0)
-        self.shares: list[Tensor] = []
+        self.on = torch.zeros(getattr(layer, "experts", 0))
+        self.tokens = 0
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of the tokens on which each expert is on, `(experts,)`."""
+        return self.on / self.tokens
 
     def scale(self, x: Tensor, h: Tensor) -> Tensor:
-        self.x = x.flatten(0, -2)
+        tokens = x.flatten(0, -2)
+        self.x = self.x if len(self.x) else tokens  # of the first texts; the last ones may be few
         if isinstance(self.layer, Routed):
-            self.shares.append(self.layer.hard(x)[0].flatten(0, -2).mean(0))
+            self.on = self.on.to(tokens.device) + self.layer.hard(tokens)[0].sum(0)
+            self.tokens += len(tokens)
         factor: Tensor = self.layer.scale(x, h)
         return factor
 

@@ -171,6 +171,7 @@ class Experts(Params):
 
 class Router(Params):
     device: str
+    dtype: Literal["float32", "bfloat16", "nf4"]
     active: Fraction
     partition: str
     refine: Annotated[int, Field(ge=0, le=100)]
