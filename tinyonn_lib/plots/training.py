@@ -20,7 +20,7 @@ def loss_curves(
     for name, rows in history.groupby("model", sort=False):
         line = rows["loss"].rolling(smooth, min_periods=1).mean()
         figure.add_scatter(x=rows["tokens"], y=line, mode="lines", name=html.escape(str(name)))
-        said.append(f"{name} from {rows['loss'].iloc[0]:.2f} to {line.iloc[-1]:.2f}")
+        said.append(f"{name} from {rows['loss'].iloc[0]:.3g} to {line.iloc[-1]:.3g}")
         ends.append(rows.iloc[[0, -1]])
     figure.update_layout(title=f"Training loss, mean of {smooth} steps", showlegend=True)
     figure.update_xaxes(title="tokens seen")

@@ -19,12 +19,12 @@ PARAMETERS = '<details class="parameters">'
 
 
 def facts_table(values: Mapping[str, Any]) -> str:
-    """A Markdown table of names and values, numbers with separators."""
+    """A Markdown table of names and values, with numbers as in `table`."""
     return _table(("", ""), list(values.items()))
 
 
 def table(frame: pd.DataFrame) -> str:
-    """A Markdown table of a frame, numbers with separators."""
+    """A Markdown table of a frame, numbers with separators, four digits of those that are not whole."""
     return _table([str(name) for name in frame.columns], list(frame.itertuples(index=False)))
 
 
@@ -34,6 +34,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, float) and value == value:  # what follows the fourth digit is noise to a reader
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, Number):
         return f"{value:,}" if value == value else "–"
     return html.escape(str(value)).translate(_MARKUP)
