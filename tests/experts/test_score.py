@@ -115,3 +115,8 @@ def test_bad_choice_is_told_in_one_line(neurons: pd.DataFrame, tmp_path: Path, t
 def test_delta_sc_is_activation_minus_gradient(neurons: pd.DataFrame) -> None:
     features = score.feature_table(neurons)
     np.testing.assert_allclose(score.delta_sc(features), features["z_act"] - features["z_grad"])
+
+
+def test_formula_reads_as_people_write_it() -> None:
+    assert score.Weights(1.0, 2.1, -0.1).formula == "z(log act) − 2.1·z(log grad) − 0.1·z(freq), z per layer"
+    assert score.Weights(11.0, 0.0, 1.0, log=False, scope="global").formula == "11·z(act) + z(freq), z over all"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -162,13 +161,10 @@ def load_experts(folder: Path) -> Experts:
         BenchError: no such folder, or a file is missing or damaged.
     """
     files = tensor_files(folder, "experts")
-    try:
-        table = pd.read_parquet(folder / TABLE)
-    except (OSError, ValueError) as error:
-        raise BenchError(f"Cannot read {folder / TABLE}: write the experts again.") from error
+    partition = Partition.read(folder / TABLE)
     with open_file(next(iter(files.values()))) as handle:
         about = json.loads((handle.metadata() or {}).get("tinyonn", "{}"))
-    partition = Partition.from_table(table, about.get("method", ""))
+    partition = replace(partition, method=about.get("method", ""))
     act = _activation(about.get("act", "silu"))
 
     def one(name: str) -> TinyONNExpert:

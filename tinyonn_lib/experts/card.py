@@ -146,12 +146,11 @@ def _cell(value: Any) -> str:
 
 def _licence(folder: Path | None) -> dict[str, str]:
     """What the base model's own card says about its licence."""
+    from huggingface_hub import metadata_load
+
     try:
-        text = (folder / "README.md").read_text("utf-8") if folder else ""
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
-        return {}
-    if not isinstance(front, dict):
+        front = (metadata_load(folder / "README.md") if folder else None) or {}
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     keys = ("license", "license_name", "license_link")
     return {key: front[key] for key in keys if isinstance(front.get(key), str)}

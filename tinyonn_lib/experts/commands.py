@@ -30,20 +30,12 @@ def moe(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    import pandas as pd
-
     from tinyonn_lib.errors import BenchError
     from tinyonn_lib.experts.export import export
     from tinyonn_lib.experts.partition import Partition
     from tinyonn_lib.experts.router_file import load_routers
 
-    try:
-        part = Partition.from_table(pd.read_parquet(args.partition), args.partition.stem.removeprefix("partition_"))
-    except BenchError:
-        raise
-    except Exception as error:  # pandas and pyarrow raise a dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BenchError(f"{args.partition} is not a partition table of 04_experts: {reason}") from error
+    part = Partition.read(args.partition)
     if args.k is not None and not 1 <= args.k <= part.count:
         raise BenchError(f"-k {args.k}: the partition has {part.count} experts per layer, choose 1 to {part.count}.")
     weights, biases = load_routers(args.routers) if args.routers else (None, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -130,12 +131,12 @@ class Partition:
     def owner(self, layer: int) -> Tensor:
         """The labels of a layer, `(d_ffn,)`."""
         index, parts = self.experts[layer], (self.shared[layer], self.dropped[layer])
-        owner = torch.empty(index.numel() + sum(part.numel() for part in parts), dtype=torch.long)
-        try:
-            owner[index.reshape(-1)] = torch.arange(index.shape[0]).repeat_interleave(index.shape[1])
-            owner[parts[0]], owner[parts[1]] = SHARED, DROPPED
-        except IndexError:
-            raise BenchError(f"The partition of layer {layer} is damaged: a neuron is missing.") from None
+        named = torch.cat([index.reshape(-1), *parts])
+        if not torch.equal(named.sort().values, torch.arange(len(named))):
+            raise BenchError(f"The partition of layer {layer} is damaged: a neuron is missing or named twice.")
+        owner = torch.empty(len(named), dtype=torch.long)
+        owner[index.reshape(-1)] = torch.arange(index.shape[0]).repeat_interleave(index.shape[1])
+        owner[parts[0]], owner[parts[1]] = SHARED, DROPPED
         return owner
 
     def check(self, neurons: Sequence[int]) -> None:
@@ -167,6 +168,19 @@ class Partition:
                 for e, g in groups
             ]
         return pd.concat(rows, ignore_index=True)
+
+    @staticmethod
+    def read(path: Path) -> Partition:
+        """From a parquet file of `table`; the file's name says the method.
+
+        Raises:
+            BenchError: missing, damaged, or another table.
+        """
+        try:
+            return Partition.from_table(pd.read_parquet(path), path.stem.removeprefix("partition_"))
+        except Exception as error:  # pandas, pyarrow and torch raise a dozen kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BenchError(f"{path} is not a partition table of 04_experts: {reason}") from error
 
     @staticmethod
     def from_table(table: pd.DataFrame, method: str) -> Partition:

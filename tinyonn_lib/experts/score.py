@@ -41,10 +41,9 @@ class Weights:
         """As people write it."""
         of = "log " if self.log else ""
         terms = [(self.act, f"z({of}act)"), (-self.grad, f"z({of}grad)"), (self.freq, "z(freq)")]
-        signed = " ".join(f"{'−' if weight < 0 else '+'} {abs(weight):g}·{term}" for weight, term in terms if weight)
-        return f"{signed.removeprefix('+ ')}, z {'per layer' if self.scope == 'layer' else 'over all'}".replace(
-            "1·", ""
-        )
+        factor = {weight: "" if abs(weight) == 1 else f"{abs(weight):g}·" for weight, _ in terms}
+        signed = " ".join(f"{'−' if weight < 0 else '+'} {factor[weight]}{term}" for weight, term in terms if weight)
+        return f"{signed.removeprefix('+ ')}, z {'per layer' if self.scope == 'layer' else 'over all'}"
 
 
 PRESETS: dict[str, Weights] = {

@@ -171,7 +171,7 @@ class Student(nn.Module):
         with ExitStack() as stack:
             for ffn, layer in zip(self._ffns, self.layers, strict=True):
                 if isinstance(layer, Pruned):
-                    stack.enter_context(ffn.down.register_forward_hook(self._shift(layer)))
+                    stack.enter_context(ffn.down.register_forward_hook(self._shift(layer.bias)))
             stack.enter_context(scaled(self._ffns, [self._scale(place) for place in range(len(self.layers))]))
             yield
 
@@ -196,9 +196,9 @@ class Student(nn.Module):
 
         return scale
 
-    def _shift(self, layer: Pruned) -> Any:  # asked for its bias when it is needed: ZeRO-3 fetches it then
+    def _shift(self, bias: Tensor) -> Any:
         on = self._here
-        return lambda module, args, out: out + layer.bias.to(out) if getattr(on, "mode", "off") == "on" else out
+        return lambda module, args, out: out + bias.to(out) if getattr(on, "mode", "off") == "on" else out
 
     @torch.no_grad()
     def _target(self, ids: Tensor) -> Tensor:

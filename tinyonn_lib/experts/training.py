@@ -216,12 +216,10 @@ class _Course(nn.Module):
         held_out = HeldOut(self.look, self._every, self._recipe.patience)
         options = {"warmup_steps": min(10, self._steps // 4)} | options
         with self.student.running():
-            history = fit(
+            return fit(
                 self, self.student.loss, self.data, optimizer,
                 steps=self._steps, held_out=held_out, checkpoint=checkpoint, tag=tag, **options,
             )  # fmt: skip
-        self.to(self._validation.device)  # ZeRO-3 leaves the weights in main memory
-        return history
 
     def data(self, step: int) -> dict[str, Tensor]:
         """A batch and the temperature of its step."""
@@ -253,8 +251,7 @@ class _Course(nn.Module):
         if self._recipe.variable:
             calibrate(self.student.model, self._ffns, layers, self._validation)
         seen = [_Seen(layer) for layer in layers]
-        # Copies: ZeRO-3 takes the weights themselves back on the way.
-        shifts = [layer.bias.clone() for layer in layers if isinstance(layer, Pruned)] or None
+        shifts = [layer.bias for layer in layers if isinstance(layer, Pruned)] or None
         total = 0.0
         for ids in self._validation.split(16):
             target = None if self._recipe.goal == "lm" else self.student.teacher(input_ids=ids, use_cache=False).logits

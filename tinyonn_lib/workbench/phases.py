@@ -183,6 +183,8 @@ class Router(Params):
     batch: Count
     accumulate: Count
     length: Annotated[int, Field(ge=8)]
+    processes: Count
+    strategy: Literal["ddp", "zero2", "zero3"]
     lr: Positive
     schedule: Literal["trapezoidal", "cosine", "constant"]
     precision: Literal["float32", "bfloat16", "auto"]
