@@ -22,6 +22,7 @@ from tinyonn_lib.experts.router import build
 from tinyonn_lib.experts.student import Routed
 from tinyonn_lib.experts.together import Batches, Together
 from tinyonn_lib.experts.training import Recipe, Trained
+from tinyonn_lib.lm.load import Dtype
 from tinyonn_lib.lm.models import ffns
 from tinyonn_lib.progress import Progress
 
@@ -56,6 +57,7 @@ class Contest:
         warm_tokens: int = 0,
         seed: int = 0,
         path: str = "",
+        dtype: Dtype = "float32",
         processes: int = 1,
         strategy: str = "ddp",
         resume: Path | None = None,
@@ -68,7 +70,7 @@ class Contest:
             blocks: calibration text `(N, length)`.
             active: share of FFN parameters, shared neurons included.
             tokens: training text of each run; what it has before that for layer-local distillation is `warm_tokens`.
-            path: of the dense model, which each of several processes loads.
+            path, dtype: of the dense model, which each of several processes loads.
             processes, strategy: how many train, and how they share the work; see `together`.
             resume: private folder for checkpoints.
             progress: (what, unit) → reporter.
@@ -88,7 +90,7 @@ class Contest:
             max(n > 0, n // (batch * blocks.shape[1])) for n in (max(tokens, 1), warm_tokens)
         )
         self._batch = Batches(blocks[:-held], batch, seed, device)
-        self._by: Any = training if processes == 1 else Together(path, processes, strategy)
+        self._by: Any = training if processes == 1 else Together(path, processes, strategy, dtype)
         self._resume, self._progress, self._options = resume, progress, options
         self.losses: Losses = {}
         self.trained: dict[str, Trained] = {}

@@ -1,4 +1,4 @@
-"""Train routers with several processes: DistributedDataParallel, DeepSpeed ZeRO-2 or ZeRO-3.
+"""Train routers with several processes: DistributedDataParallel, or DeepSpeed ZeRO-2.
 
 The caller writes down what there is to do, `lm.launch` starts the processes, each of them runs `training` on its rows
 of every batch, and the caller takes back what the first one wrote. As with as many `shards` in one process, the tokens
@@ -30,22 +30,18 @@ from tinyonn_lib.experts.training import Recipe, Trained
 from tinyonn_lib.lm import models, worker
 from tinyonn_lib.lm.engine import check_rows
 from tinyonn_lib.lm.launch import launch
-from tinyonn_lib.lm.load import load_model
+from tinyonn_lib.lm.load import Dtype, load_model
 from tinyonn_lib.lm.samples import shuffled
 from tinyonn_lib.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_CONFIGS = Path(__file__).parents[2] / "params" / "accelerate"
-STRATEGIES: dict[str, Path | None] = {
-    "ddp": None, "zero2": _CONFIGS / "zero2.yaml", "zero3": _CONFIGS / "zero3.yaml",
-}  # fmt: skip
+STRATEGIES = {"ddp": None, "zero2": Path(__file__).parents[2] / "params" / "accelerate" / "zero2.yaml"}
 """How the processes share the work, and accelerate's config for it: see the files."""
 
-LOG = lambda line: None
 _MODULE = "tinyonn_lib.experts.together"
-_JOB, _DONE, _HISTORY, _USAGE = "job.pt", "done.pt", "history.parquet", "usage.parquet"
+_DONE, _HISTORY, _USAGE = "done.pt", "history.parquet", "usage.parquet"
 
 
 @dataclass(frozen=True)
@@ -83,23 +79,18 @@ class Together:
         model: folder or hub id of the dense model.
         processes: how many; they must share a batch in equal parts.
         strategy: a key of `STRATEGIES`.
+        dtype: in which the model is loaded, as the caller's.
     """
 
     model: str
     processes: int
     strategy: str = "ddp"
+    dtype: Dtype = "float32"
 
     def train(
-        self,
-        model: Any,
-        partition: Partition,
-        routers: Iterable[Router],
-        batch: Batches,
-        validation: Tensor,
-        *,
-        k: int,
-        **options: Any,
-    ) -> Trained:
+        self, model: Any, partition: Partition, routers: Iterable[Router], batch: Batches, validation: Tensor, *,
+        k: int, **options: Any,
+    ) -> Trained:  # fmt: skip
         """As `training.train`; routers are trained in place, too.
 
         Args:
@@ -118,14 +109,9 @@ class Together:
         return self._run(what, layers, model, batch, validation, **options)
 
     def train_pruned(
-        self,
-        model: Any,
-        keep: Sequence[Tensor],
-        bias: Sequence[Tensor],
-        batch: Batches,
-        validation: Tensor,
+        self, model: Any, keep: Sequence[Tensor], bias: Sequence[Tensor], batch: Batches, validation: Tensor,
         **options: Any,
-    ) -> Trained:
+    ) -> Trained:  # fmt: skip
         """As `training.train_pruned`; see `train`."""
         device = next(model.parameters()).device
         layers = [Pruned(mask.to(device), start.to(device)) for mask, start in zip(keep, bias, strict=True)]
@@ -133,44 +119,37 @@ class Together:
         return self._run(what, layers, model, batch, validation, **options)
 
     def _run(
-        self,
-        what: dict[str, Any],
-        layers: Sequence[nn.Module],
-        model: Any,
-        batch: Batches,
-        validation: Tensor,
-        *,
-        recipe: Recipe,
-        checkpoint: Path | None = None,
-        progress: Progress | None = None,
-        **options: Any,
-    ) -> Trained:
+        self, what: dict[str, Any], layers: Sequence[nn.Module], model: Any, batch: Batches, validation: Tensor, *,
+        recipe: Recipe, checkpoint: Path | None = None, progress: Progress | None = None, **options: Any,
+    ) -> Trained:  # fmt: skip
         self._check(next(model.parameters()).device, batch, recipe, int(options.get("accumulate", 1)))
         # Beside the checkpoint: what a kill leaves behind goes with it, and there is room for weights.
-        place = checkpoint.parent if checkpoint else None
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="together-", dir=place) as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory(prefix="together-", dir=checkpoint and checkpoint.parent) as name:
+            file = Path(name) / "job.pt"
             job = what | {
-                "model": self.model, "recipe": asdict(recipe), "options": options,
+                "model": self.model, "dtype": self.dtype, "recipe": asdict(recipe), "options": options,
                 "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
                 "blocks": batch.blocks.cpu(), "size": batch.size, "seed": batch.seed, "validation": validation.cpu(),
             }  # fmt: skip
-            torch.save(job, folder / _JOB)
+            torch.save(job, file)
             launch(
-                _MODULE, folder / _JOB, processes=self.processes, config=STRATEGIES[self.strategy], progress=progress,
-                log=LOG,  # DeepSpeed's own; errors come anyway
+                _MODULE, file, processes=self.processes, config=STRATEGIES[self.strategy], progress=progress,
+                log=lambda line: None,  # DeepSpeed's own; errors come anyway
             )  # fmt: skip
-            return _read(folder, model, layers)
+            return _read(file.parent, model, layers)
 
     def _check(self, device: torch.device, batch: Batches, recipe: Recipe, accumulate: int) -> None:
         """What would fail after the processes have started, or quietly be something else.
 
         Raises:
-            BenchError: unknown strategy, rows that cannot be shared out, more processes than GPUs, a CPU asked for
-                where there are GPUs, or `revive` with DeepSpeed.
+            BenchError: ZeRO-3 or an unknown strategy, rows that cannot be shared out, more processes than GPUs, a CPU
+                asked for where there are GPUs, or `revive` with DeepSpeed.
         """
+        if self.strategy == "zero3":
+            raise BenchError(
+                "strategy=zero3 cannot train routers: it takes weights away between two layers, when the control's "
+                "biases and experts that train are still needed. Choose zero2 or ddp."
+            )
         if self.strategy not in STRATEGIES:
             raise BenchError(f"Unknown strategy '{self.strategy}': choose one of {', '.join(STRATEGIES)}.")
         check_rows(batch(0), accumulate, self.processes)
@@ -181,8 +160,7 @@ class Together:
             raise BenchError(f"{self.processes} processes need a GPU each and there are {gpus}: choose fewer.")
         if recipe.revive and self.strategy != "ddp":
             raise BenchError(
-                f"revive=true moves routers between two steps, which DeepSpeed's copies of them would undo: choose "
-                f"strategy=ddp instead of {self.strategy}."
+                "revive=true moves routers between two steps, which DeepSpeed's copies would undo: choose strategy=ddp."
             )
 
 
@@ -190,11 +168,11 @@ def take_part(path: Path) -> None:
     """One of the processes: train, and, as the first one, write down what came out."""
     job = torch.load(path, map_location="cpu", weights_only=True)
     together = worker.accelerator()
-    model = load_model(job["model"], device=str(together.device))
+    model = load_model(job["model"], job["dtype"], str(together.device))
     found = _train(job, model, together)
     if together.is_main_process:
-        trained = [] if found.model is model else _weights(found.model)
-        state = {"layers": nn.ModuleList(found.layers).state_dict(), "weights": [each.detach() for each in trained]}
+        weights = [] if found.model is model else [weight.detach() for weight in _weights(found.model)]
+        state = {"layers": nn.ModuleList(found.layers).state_dict(), "weights": weights}
         torch.save(state, path.with_name(_DONE))
         found.history.to_parquet(path.with_name(_HISTORY), index=False)
         found.usage.to_parquet(path.with_name(_USAGE), index=False)
@@ -212,7 +190,7 @@ def _train(job: dict[str, Any], model: Any, together: Accelerator) -> Trained:
     partition = Partition(job["method"], *(tuple(group) for group in job["parts"]))
     routers = []
     for gates, state in zip(job["gates"], job["routers"], strict=True):
-        rows = state["weight"]
+        rows = state["weight"].contiguous()  # DeepSpeed asks for it
         made = Router(Linear(rows, rows.new_zeros(len(rows))), rows, gates)
         made.load_state_dict(state)  # all that it holds: what it was built from does not matter
         made.gain = nn.Parameter(made.gain.detach().view(1))  # DeepSpeed takes no scalars
