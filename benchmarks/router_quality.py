@@ -1,17 +1,19 @@
 """Does a trained router earn its keep? ΔNLL of trained routers next to what they must beat, at 25 and 50 % active.
 
-On the model of a finished run (`tinyonn all`), held-out text, nats per token. Every contender trains on the same text
-with the same loss (KL to the dense model), as many steps, its own seed; the intervals are paired, over source files:
+On the model of a finished run (`tinyonn all`), held-out text that the notebooks do not judge on, nats per token. Every
+contender trains on the same text with the same loss (KL to the dense model), as many steps, its own seed; the intervals
+are paired, over source files:
 
 - ours: S_p's partition, refined together with its router, then trained; with the same k for every token, and with a
-  threshold per layer that lets k vary around the same mean;
-- pruning, trained: FLAP's static pruning with a trained factor for every remaining neuron and a trained bias per layer;
+  threshold per layer that lets k vary around the same mean; also refined from a random partition instead of S_p's;
+- pruning, trained: FLAP's static pruning with trained scales and biases of every remaining neuron's gate, up and output
+  and a bias per layer; it keeps as many more weights as the routers have;
 - cmoe, trained: CMoE's partition under the same training, with fixed and with variable k;
 - sp, trained: without refinement; random start: the refined partition, its router beginning randomly as the document
   has it.
 
 A bar's value is the upper end of an interval, or the share of the gap between analytic router (ridge regression) and
-oracle that the training closes over the same partition.
+oracle (both with fixed k) that the training closes over the same partition.
 """
 
 from __future__ import annotations
@@ -32,13 +34,15 @@ from tinyonn_lib.workbench.runs import open_run
 
 SHARES = (0.25, 0.5)
 LENGTH, BATCH = 128, 8
+SEEN = 12_000  # held-out tokens on which the method was developed, and which 05_router judges on
 OURS = {"ours, fixed k": False, "ours, variable k": True}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", default="default", help="a finished run (default: default)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (default: 3)")
-    parser.add_argument("--tokens", type=int, default=200_000, help="training text of each (default: 200000)")
+    parser.add_argument("--tokens", type=int, default=100_000, help="training text of each (default: 100000)")
+    parser.add_argument("--eval-tokens", type=int, default=30_000, help="held-out text (default: 30000)")
     parser.add_argument("--refine", type=int, default=refine.ROUNDS, help="rounds of refinement (default: 6)")
 
 
@@ -52,13 +56,17 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     ffns, split = models.ffns(model), dict(list(run.table("scan", "texts.parquet").groupby("split")))
     neurons, scores = run.table("scan", "neurons.parquet"), run.table("cluster", "scores.parquet")
     part = Partition.from_table(run.table("experts", "partition_sp.parquet"), "sp")
-    held = samples.draw(split["heldout"], tok, 2000 if args.quick else 12_000, LENGTH, 0)
+    known_text = len(samples.draw(split["heldout"], tok, SEEN, LENGTH, 0))  # a longer draw begins with the same pieces
+    held = samples.draw(split["heldout"], tok, SEEN + (2000 if args.quick else args.eval_tokens), LENGTH, 0)
+    held = held.iloc[known_text:].reset_index(drop=True)
     court = judge.Judge(model, ffns, held, neurons)
     blocks = texts.pack(texts.encode(split["calibration"]["text"], tok, None), LENGTH, tok.eos_token_id, seed=0)
     rings: dict[float, list[contest.Contest]] = {share: [] for share in SHARES}
     for seed in range(args.seeds):
         drawn = samples.draw(split["calibration"], tok, 16_000, LENGTH, seed)
-        known = evidence.Evidence(ffns, neurons, scores, evidence.collect(model, ffns, drawn["ids"].tolist()))
+        known = evidence.Evidence(
+            ffns, neurons, scores, evidence.collect(model, ffns, drawn["ids"].tolist(), saliency=False)
+        )
         for share in SHARES:
             ring = contest.Contest(
                 court, known, blocks, active=part.share(part.k(share)), tokens=args.tokens, batch=BATCH,
@@ -75,17 +83,22 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
 
 def compete(ring: contest.Contest, part: Partition, rounds: int) -> None:
     """One seed at one share: everybody."""
-    refined = refine.refine(ring.evidence, part, k=part.k(ring.active), rounds=rounds, seed=ring.seed).partition
+    starts = {"sp": part, "random": methods.alike(ring.evidence, "random", part, ring.seed)}
+    refined, from_random = (
+        refine.refine(ring.evidence, each, k=part.k(ring.active), rounds=rounds, seed=ring.seed).partition
+        for each in starts.values()
+    )
     cmoe = methods.alike(ring.evidence, "cmoe", part, ring.seed)
     for label, variable in OURS.items():
         ring.route(label, refined, variable=variable)
-    ring.prune("pruning, trained")
+    ring.route("refined from random, variable k", from_random, variable=True)
+    ring.prune("pruning, trained", refined)
     for label, variable in {"cmoe, trained": False, "cmoe, trained, variable k": True}.items():
         ring.route(label, cmoe, kind="control", variable=variable)
     ring.route("sp, trained", part)
     ring.route("random start, trained", refined, init="random")
     ring.static()
-    for label, each in {"refined": refined, "sp": part, "cmoe": cmoe}.items():
+    for label, each in {"refined": refined, "sp": part, "refined from random": from_random, "cmoe": cmoe}.items():
         ring.references(label, each)
 
 

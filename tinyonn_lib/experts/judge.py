@@ -55,7 +55,7 @@ class Judge:
     def static(self, active: float) -> Losses:
         """FLAP's static pruning to the share `active`, without and with the mean of what it dropped.
 
-        The bias of the second cannot be stored in a standard checkpoint; it is the stronger control.
+        The second's bias cannot be stored in a standard checkpoint. Which of the two is stronger depends on the share.
         """
         scales = static(self.flap, active)
         shifts = dropped_mean(self.ffns, self.flap, self.means, active)

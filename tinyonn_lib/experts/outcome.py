@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from tinyonn_lib import evaluate
 from tinyonn_lib.experts import router, variable
 from tinyonn_lib.experts.contest import Contest
 from tinyonn_lib.experts.export import export
 from tinyonn_lib.experts.partition import Partition
-from tinyonn_lib.lm.load import load_model
+from tinyonn_lib.lm.load import Dtype, load_model
 
-FIXED, VARIABLE, PRUNED, RIVAL = "trained router", "trained, variable k", "pruning, trained", "cmoe, trained router"
-"""Labels of 05_router's contest."""
+FIXED, VARIABLE, PRUNED = "trained router", "trained, variable k", "pruning, trained"
+RIVALS = {FIXED: "cmoe, trained router", VARIABLE: "cmoe, trained, variable k"}
+"""Labels of 05_router's contest: ours, and CMoE's experts with the same training."""
 
 
 def checkpoint(ring: Contest, label: str, partition: Partition, folder: Path, tokenizer: Any) -> Path:
@@ -38,26 +40,37 @@ def checkpoint(ring: Contest, label: str, partition: Partition, folder: Path, to
 def read_back(ring: Contest, folders: Mapping[str, Path]) -> pd.DataFrame:
     """ΔNLL of checkpoints as they are loaded: `checkpoint, loaded with, ΔNLL, trained` (what the contest said).
 
+    In the dense model's precision; bfloat16 for a quantised one.
+
     Args:
         folders: label → folder. One with a variable k is also loaded as plain transformers does, with its fixed k.
     """
-    rows = []
+    rows, court = [], ring.court
     for label, folder in folders.items():
-        ways: dict[str, Callable[[str], Any]] = {"transformers": load_model}
-        if ring.trained[label].layers[0].variable:
-            ways["tinyonn_lib.experts.variable"] = variable.load
-        for way, load in ways.items():
-            model = load(str(folder)).to(ring.court.model.device).eval()
-            gap = evaluate.loss(model, ring.court.ids, ring.court.batch).mean - ring.court.dense.mean
-            told = ring.mean(label) if (way == "transformers") != ring.trained[label].layers[0].variable else None
+        variable_k = ring.trained[label].layers[0].variable
+        for way in ["transformers", *(["tinyonn_lib.experts.variable"] if variable_k else [])]:
+            model = load_model(str(folder), precision(court.model), str(court.model.device))
+            if way != "transformers":
+                variable.attach(model, folder)
+            gap = evaluate.loss(model, court.ids, court.batch).mean - court.dense.mean
+            del model  # before the next one is loaded
+            told = ring.mean(label) if (way == "transformers") != variable_k else None
             rows.append({"checkpoint": folder.name, "loaded with": way, "ΔNLL": gap, "trained": told})
     return pd.DataFrame(rows)
 
 
+def precision(model: Any) -> Dtype:
+    """In which to load what was made of a dense model."""
+    return "bfloat16" if getattr(model, "is_loaded_in_4bit", False) or model.dtype == torch.bfloat16 else "float32"
+
+
 def closed(ring: Contest, label: str, partition: str) -> float:
-    """Share of the gap between analytic router and oracle, over a partition, that a trained router closes."""
+    """Share of the gap between analytic router and oracle, both with a fixed k, that a trained router closes.
+
+    NaN where there is no gap, as with all experts on.
+    """
     analytic, oracle = ring.mean(f"{partition}, analytic"), ring.mean(f"{partition}, oracle")
-    return (analytic - ring.mean(label)) / (analytic - oracle)
+    return (analytic - ring.mean(label)) / (analytic - oracle) if analytic > oracle else float("nan")
 
 
 def verdict(ring: Contest, partition: str) -> str:
@@ -67,17 +80,21 @@ def verdict(ring: Contest, partition: str) -> str:
     before, after = f"{partition}, analytic", "refined, analytic"
     lines = [
         f"Refinement alone, before any training: {ring.mean(before):+.3f} → {ring.mean(after):+.3f} nats per token "
-        f"(difference {ring.between(after, before)})."
+        f"(difference {ring.between(after, before)}). `benchmarks/router_quality.py` begins with a random one, too."
     ]
     for label in ours:
-        against, rival = ring.between(label, PRUNED), ring.between(label, RIVAL)
+        against, rival = ring.between(label, PRUNED), ring.between(label, RIVALS[label])
+        part = closed(ring, label, "refined")
         lines.append(
             f"**{label}**: {ring.mean(label):+.3f} at {ring.share[label]:.1%} active. It loses **{against.verdict}** "
-            f"pruning with the same training ({ring.mean(PRUNED):+.3f}; difference {against}; untrained "
-            f"{ring.mean(static):+.3f}) and {rival.verdict} CMoE's experts with the same training "
-            f"({ring.mean(RIVAL):+.3f}; {rival}). Of the gap between analytic router and oracle over the same experts "
-            f"it closes {closed(ring, label, 'refined'):.0%}."
+            f"pruning with the same training ({ring.mean(PRUNED):+.3f} at {ring.share[PRUNED]:.1%}, the router's "
+            f"weights granted; difference {against}; untrained {ring.mean(static):+.3f}) and {rival.verdict} CMoE's "
+            f"experts with the same training ({ring.mean(RIVALS[label]):+.3f}; {rival})."
         )
+        if part == part:
+            lines[-1] += (
+                f" It closes {part:.0%} of the gap from the analytic router to the oracle, both with a fixed k."
+            )
     return "\n\n".join(lines)
 
 
@@ -92,8 +109,9 @@ def metrics(ring: Contest, back: pd.DataFrame) -> dict[str, float]:
     for label in (FIXED, VARIABLE):
         if label in ring.losses:
             found[f"{_name(label)}_minus_pruning"] = ring.between(label, PRUNED).mean
-            found[f"{_name(label)}_minus_cmoe"] = ring.between(label, RIVAL).mean
-            found[f"{_name(label)}_gap_closed"] = closed(ring, label, "refined")
+            found[f"{_name(label)}_minus_cmoe"] = ring.between(label, RIVALS[label]).mean
+            if (part := closed(ring, label, "refined")) == part:
+                found[f"{_name(label)}_gap_closed"] = part
     gap = (back["ΔNLL"] - back["trained"]).abs().max()
     return found | {"dense_nll": ring.court.dense.mean, "export_gap": float(gap)}
 

@@ -7,7 +7,7 @@ and the loss can say whether they would have helped.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
@@ -82,11 +82,13 @@ class Routed(nn.Module):
 
 
 class Pruned(nn.Module):
-    """One layer after static pruning, with what the control may learn: a factor per neuron and the output's bias.
+    """One layer after static pruning, with all that the control may learn: every remaining weight row's scale and bias.
 
     Attributes:
-        factor: `(d_ffn,)`; pruned neurons stay at 0.
-        bias: `(d_model,)`.
+        keep: 1 for neurons that stay, else 0, `(d_ffn,)`.
+        gate, up: scale and bias of each neuron's pre-activations, `(2, d_ffn)`.
+        factor: scale of each neuron's output, `(d_ffn,)`; pruned neurons stay at 0.
+        bias: of the layer's output, `(d_model,)`.
     """
 
     keep: Tensor
@@ -94,7 +96,9 @@ class Pruned(nn.Module):
     def __init__(self, keep: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.register_buffer("keep", keep.float())
-        self.factor = nn.Parameter(torch.ones_like(keep, dtype=torch.float32))
+        start = torch.stack([torch.ones_like(keep, dtype=torch.float32), torch.zeros_like(keep, dtype=torch.float32)])
+        self.gate, self.up = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        self.factor = nn.Parameter(start[0].clone())
         self.bias = nn.Parameter(bias.detach().float().clone())
 
     def forward(self, x: Tensor, h: Tensor, temperature: Tensor, k: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -104,6 +108,31 @@ class Pruned(nn.Module):
     def scale(self, x: Tensor, h: Tensor) -> Tensor:
         """The factor on h."""
         return (self.keep * self.factor).to(h)
+
+    @contextmanager
+    def adapting(self, ffn: FFN, on: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Within the block the FFN has the scales and biases of gate and up and the output's bias, while `on()`."""
+
+        def affine(how: Tensor) -> Callable[..., Tensor]:
+            return lambda module, args, out: out * how[0].to(out) + how[1].to(out) if on() else out
+
+        def shift(module: Any, args: Any, out: Tensor) -> Tensor:
+            return out + self.bias.to(out) if on() else out
+
+        with ExitStack() as stack:
+            for linear, hook in ((ffn.gate, affine(self.gate)), (ffn.up, affine(self.up)), (ffn.down, shift)):
+                stack.enter_context(linear.register_forward_hook(hook))
+            yield
+
+
+@contextmanager
+def adapted(layers: Iterable[nn.Module], ffns: Sequence[FFN], on: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """`Pruned.adapting` of every layer that is one; routed layers have nothing but their scale."""
+    with ExitStack() as stack:
+        for ffn, layer in zip(ffns, layers, strict=True):
+            if isinstance(layer, Pruned):
+                stack.enter_context(layer.adapting(ffn, on))
+        yield
 
 
 class Student(nn.Module):
@@ -131,6 +160,8 @@ class Student(nn.Module):
     ) -> None:
         if goal not in get_args(Goal):
             raise BenchError(f"Unknown loss '{goal}': choose one of {', '.join(get_args(Goal))}.")
+        if goal == "layer" and any(isinstance(layer, Pruned) for layer in layers):
+            raise BenchError("Pruning learns from the whole model's loss: choose goal=kl or lm.")
         super().__init__()
         self.model, self.layers = model, nn.ModuleList(layers)
         self.goal, self.weights = goal, (balance, z_loss)
@@ -168,11 +199,11 @@ class Student(nn.Module):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within this block the model's FFNs ask the student; outside of `loss` they are dense."""
-        with ExitStack() as stack:
-            for ffn, layer in zip(self._ffns, self.layers, strict=True):
-                if isinstance(layer, Pruned):
-                    stack.enter_context(ffn.down.register_forward_hook(self._shift(layer.bias)))
-            stack.enter_context(scaled(self._ffns, [self._scale(place) for place in range(len(self.layers))]))
+        here = self._here
+        with (
+            adapted(self.layers, self._ffns, lambda: getattr(here, "mode", "off") == "on"),
+            scaled(self._ffns, [self._scale(place) for place in range(len(self.layers))]),
+        ):
             yield
 
     def scales(self) -> list[Scale]:
@@ -189,16 +220,11 @@ class Student(nn.Module):
                 error = factor.new_zeros(())
                 if mode == "watch":
                     down = self._down[place]
-                    lost = ((factor - 1) * h).float() @ down.T + getattr(self.layers[place], "bias", 0.0)
-                    error = lost.square().sum() / (h.float() @ down.T).square().sum()
+                    error = (((factor - 1) * h).float() @ down.T).square().sum() / (h.float() @ down.T).square().sum()
             here.found.append((error, penalties))
             return factor if mode == "on" else h.new_ones(())
 
         return scale
-
-    def _shift(self, bias: Tensor) -> Any:
-        on = self._here
-        return lambda module, args, out: out + bias.to(out) if getattr(on, "mode", "off") == "on" else out
 
     @torch.no_grad()
     def _target(self, ids: Tensor) -> Tensor:

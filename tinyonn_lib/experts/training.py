@@ -20,7 +20,7 @@ from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
 from tinyonn_lib.experts.routing import scaled
 from tinyonn_lib.experts.soft import END, temperature
-from tinyonn_lib.experts.student import Pruned, Routed, Student, budgets, divergence, next_token
+from tinyonn_lib.experts.student import Pruned, Routed, Student, adapted, budgets, divergence, next_token
 from tinyonn_lib.lm import models, resume
 from tinyonn_lib.lm.models import FFN
 from tinyonn_lib.lm.record import HeldOut
@@ -118,12 +118,15 @@ def train(
         raise BenchError(f"k={k} active experts: choose 1 to {partition.count}.")
     if recipe.lr_experts and recipe.goal == "layer":
         raise BenchError("Experts can train with goal=kl or lm: the layer-local loss is that of the choice alone.")
+    if recipe.lr_experts and not models.ffns(model)[0].gate.weight.is_floating_point():
+        raise BenchError("Quantised experts cannot train: load the model in bfloat16, or set lr_experts=0.")
     layers = [Routed(r, partition, i, k, variable=recipe.variable) for i, r in enumerate(routers)]
     model.requires_grad_(False)
     owners = [partition.owner(layer) for layer in range(len(layers))]
     tag = resume.fingerprint({"recipe": recipe, "k": k}, owners, None)
     late = max(1, round(steps * recipe.unfreeze)) if recipe.lr_experts else 0
-    course = _Course(model, layers, validation, recipe, steps - late, batch, soft=True)
+    pieces = options.get("accumulate", 1)
+    course = _Course(model, layers, validation, recipe, steps - late, batch, soft=True, accumulate=pieces)
     tables, usages = [], []
     if steps > late:
         tables.append(course.run(checkpoint, tag, **options).assign(stage="router"))
@@ -132,12 +135,11 @@ def train(
         student = copy.deepcopy(model)
         for ffn in models.ffns(student):
             for linear in (ffn.gate, ffn.up, ffn.down):
-                if not linear.weight.is_floating_point():
-                    raise BenchError("Quantised experts cannot train: load the model in bfloat16, or set lr_experts=0.")
                 linear.weight.requires_grad_(True)
         joint = _Course(
-            student, layers, validation, recipe, late, batch, first=sum(map(len, tables)), teacher=model, soft=False
-        )
+            student, layers, validation, recipe, late, batch, first=sum(map(len, tables)), teacher=model, soft=False,
+            accumulate=pieces,
+        )  # fmt: skip
         own = checkpoint and checkpoint.with_name(f"{checkpoint.name}.experts")
         tables.append(joint.run(own, tag, **options).assign(stage="router and experts"))
         usages.append(joint.usage())
@@ -160,7 +162,7 @@ def train_pruned(
     checkpoint: Path | None = None,
     **options: Any,
 ) -> Trained:
-    """The control: static pruning whose neurons learn a factor each and whose layers a bias, from as much text.
+    """The control: static pruning that learns every remaining neuron's scales and biases, from as much text.
 
     Args:
         keep: per layer 1 for neurons that stay, else 0, `(d_ffn,)`.
@@ -170,7 +172,8 @@ def train_pruned(
     model.requires_grad_(False)
     device = next(model.parameters()).device
     layers = [Pruned(mask.to(device), start.to(device)) for mask, start in zip(keep, bias, strict=True)]
-    course = _Course(model, layers, validation, recipe, steps, batch, soft=False)
+    pieces = options.get("accumulate", 1)
+    course = _Course(model, layers, validation, recipe, steps, batch, soft=False, accumulate=pieces)
     tag = resume.fingerprint({"recipe": recipe}, keep, None)
     history = course.run(checkpoint, tag, **options).assign(stage="pruned")
     return Trained(model, layers, history, course.usage())
@@ -192,6 +195,7 @@ class _Course(nn.Module):
         batch: Callable[[int], Tensor],
         *,
         soft: bool,
+        accumulate: int = 1,
         first: int = 0,
         teacher: Any = None,
     ) -> None:
@@ -202,6 +206,7 @@ class _Course(nn.Module):
         self._recipe, self._steps, self._first, self._soft = recipe, steps, first, soft
         self._validation, self._batch = validation, batch
         self._every = max(1, -(-steps // LOOKS))
+        self._rows = max(1, len(batch(0)) // accumulate)  # what fits the memory in training fits it here
         routed = [layer.experts for layer in layers if isinstance(layer, Routed)]
         self.register_buffer("looks", torch.full((LOOKS, len(routed), max(routed, default=0)), torch.nan))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
@@ -251,11 +256,10 @@ class _Course(nn.Module):
         if self._recipe.variable:
             calibrate(self.student.model, self._ffns, layers, self._validation)
         seen = [_Seen(layer) for layer in layers]
-        shifts = [layer.bias for layer in layers if isinstance(layer, Pruned)] or None
         total = 0.0
-        for ids in self._validation.split(16):
+        for ids in self._validation.split(self._rows):
             target = None if self._recipe.goal == "lm" else self.student.teacher(input_ids=ids, use_cache=False).logits
-            with scaled(self._ffns, [each.scale for each in seen], shifts):
+            with adapted(layers, self._ffns), scaled(self._ffns, [each.scale for each in seen]):
                 logits = self.student.model(input_ids=ids, use_cache=False).logits
             loss = next_token(logits, ids) if target is None else divergence(logits, target)
             total += float(loss) * len(ids)

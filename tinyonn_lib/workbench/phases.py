@@ -182,9 +182,9 @@ class Router(Params):
     tokens: Count
     batch: Count
     accumulate: Count
-    length: Annotated[int, Field(ge=8)]
+    length: Annotated[int, Field(ge=17)]
     processes: Count
-    strategy: Literal["ddp", "zero2", "zero3"]
+    strategy: Literal["ddp", "zero2"]
     lr: Positive
     schedule: Literal["trapezoidal", "cosine", "constant"]
     precision: Literal["float32", "bfloat16", "auto"]
@@ -199,6 +199,14 @@ class Router(Params):
     speed_seconds: Positive
     checkpoint_seconds: Positive
     seed: Seed
+
+    @model_validator(mode="after")
+    def _fits(self) -> Router:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+        if self.dtype == "nf4" and self.lr_experts:
+            raise ValueError("quantised experts cannot train: choose dtype=bfloat16 or lr_experts=0")
+        return self
 
 
 @dataclass(frozen=True)
