@@ -22,7 +22,7 @@ from tinyonn_lib.experts import router, routers, training
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
 from tinyonn_lib.experts.routing import scaled
-from tinyonn_lib.experts.student import Routed
+from tinyonn_lib.experts.student import Routed, adapted
 from tinyonn_lib.experts.training import DEAD, LOOKS, Recipe, Trained, calibrate, train, train_pruned
 from tinyonn_lib.lm import models
 
@@ -76,10 +76,9 @@ def nats(model: Any, dense: Any, layers: Any, ids: Tensor, goal: str) -> float:
 
     ffns = models.ffns(model)
     scales = [watching(f, each) if goal == "layer" else each.scale for f, each in zip(ffns, layers, strict=True)]
-    shifts = [each.bias for each in layers] if hasattr(layers[0], "bias") else None
     with torch.no_grad():
         target = dense(ids).logits.double().log_softmax(-1)
-        with scaled(ffns, scales, shifts):
+        with adapted(layers, ffns), scaled(ffns, scales):
             ours = model(ids).logits.double().log_softmax(-1)
     if goal == "layer":
         return sum(errors) / len(errors)
@@ -482,7 +481,7 @@ def test_the_control_learns_factors_and_biases(tiny: Tiny, batch: Batch, validat
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     keep, bias = pruning(tiny)
     given = [each.clone() for each in (*keep, *bias)]
-    for goal in ("layer", "kl"):
+    for goal in ("lm", "kl"):
         recipe = Recipe(goal=goal, lr=0.02)
         one = train_pruned(tiny.model, keep, bias, batch, validation, steps=1, recipe=Recipe(goal=goal, lr=0.0))
         found = train_pruned(tiny.model, keep, bias, batch, validation, steps=40, recipe=recipe)
@@ -493,6 +492,9 @@ def test_the_control_learns_factors_and_biases(tiny: Tiny, batch: Batch, validat
         assert list(found.usage.columns) == ["step", "layer", "expert", "share", "dead"]
         for layer, start, mask in zip(found.layers, bias, keep, strict=True):
             assert not torch.equal(layer.bias, start)
+            for affine in (layer.gate, layer.up):
+                assert bool((affine[:, mask != 0] != torch.tensor([[1.0], [0.0]])).all()), "what remains learns"
+                assert bool((affine[:, mask == 0] == torch.tensor([[1.0], [0.0]])).all()), "what is pruned does not"
             assert torch.equal(layer.scale(None, torch.ones(32)) != 0, mask != 0)
     assert all(torch.equal(a, b) for a, b in zip(given, (*keep, *bias), strict=True))
     assert all(torch.equal(before[name], value) for name, value in tiny.model.state_dict().items())
@@ -506,10 +508,10 @@ def test_the_controls_held_out_loss_is_that_of_the_whole_control(tiny: Tiny, bat
     assert nats(found.model, tiny.model, found.layers, validation, "kl") == pytest.approx(looks.min(), rel=1e-4)
 
 
-def test_the_control_under_the_layer_loss_learns_its_biases(tiny: Tiny, batch: Batch, validation: Tensor) -> None:
+def test_the_control_refuses_the_layer_loss(tiny: Tiny, batch: Batch, validation: Tensor) -> None:
     keep, bias = pruning(tiny)
-    found = train_pruned(tiny.model, keep, bias, batch, validation, steps=5, recipe=Recipe(goal="layer", lr=0.02))
-    assert all(not torch.equal(layer.bias, start) for layer, start in zip(found.layers, bias, strict=True))
+    with pytest.raises(BenchError, match="choose goal=kl or lm"):
+        train_pruned(tiny.model, keep, bias, batch, validation, steps=5, recipe=Recipe(goal="layer"))
 
 
 def test_the_control_goes_on_to_the_bit_and_only_with_its_own(
