@@ -20,7 +20,7 @@ from . import tiny
 LONGER = (
     "pretrain.calibration=0.4 pretrain.tokens=64000 pretrain.checkpoint_seconds=0.2 "
     "scan.tokens=28000 scan.length=24 scan.flush_seconds=0.1 "
-    "router.tokens=44000 router.checkpoint_seconds=0.2"
+    "router.tokens=24000 router.warm_tokens=0 router.checkpoint_seconds=0.2"
 )
 
 
