@@ -425,7 +425,7 @@ def test_cold_and_soft_is_the_finished_model(tiny: Tiny) -> None:
         for layer in layers:
             layer.router.weight *= 100  # decided
         dense = tiny.model(tiny.ids).logits.log_softmax(-1)
-        with scaled(tiny.ffns, Student(tiny.model, tiny.ffns, layers).scales()):
+        with scaled(tiny.ffns, [layer.scale for layer in layers]):
             hard = tiny.model(tiny.ids).logits.log_softmax(-1)
     expected = float((dense.exp() * (dense - hard)).sum(-1).mean())
     assert float(value(tiny, layers, tiny.ids, END, goal="kl").detach()) == pytest.approx(expected, rel=0.05)

@@ -60,11 +60,17 @@ def scaled(ffns: Sequence[FFN], scales: Sequence[Scale], shifts: Sequence[Tensor
 
 def per_neuron(partition: Partition, layer: int) -> Callable[[Tensor], Tensor]:
     """A function from factors per expert `(…, experts)` to factors per neuron `(…, d_ffn)`: shared 1, dropped 0."""
-    owner = partition.owner(layer)
-    if not len(partition.shared[layer]) and not len(partition.dropped[layer]):
-        return lambda factors: factors[..., owner]
-    # Negative labels count from the end: … , DROPPED, SHARED.
-    return lambda factors: torch.cat([factors, _like(factors, 0.0), _like(factors, 1.0)], -1)[..., owner]
+    owner = {torch.device("cpu"): partition.owner(layer)}
+    whole = not len(partition.shared[layer]) and not len(partition.dropped[layer])
+
+    def widen(factors: Tensor) -> Tensor:
+        if factors.device not in owner:  # an index on another device would be copied at each call
+            owner[factors.device] = owner[torch.device("cpu")].to(factors.device)
+        # Negative labels count from the end: … , DROPPED, SHARED.
+        ended = factors if whole else torch.cat([factors, _like(factors, 0.0), _like(factors, 1.0)], -1)
+        return ended[..., owner[factors.device]]
+
+    return widen
 
 
 def _like(factors: Tensor, value: float) -> Tensor:

@@ -44,8 +44,9 @@ class Routed(nn.Module):
         self.router, self.k, self.variable = router, k, variable
         self.experts = partition.experts[layer].shape[0]
         self._widen = per_neuron(partition, layer)
-        self.budget = nn.Parameter(torch.zeros(1), requires_grad=variable)  # DeepSpeed takes no scalars
-        self.register_buffer("threshold", torch.tensor(float("nan")))
+        device = router.weight.device
+        self.budget = nn.Parameter(torch.zeros(1, device=device), requires_grad=variable)  # DeepSpeed takes no scalars
+        self.register_buffer("threshold", torch.tensor(float("nan"), device=device))
 
     def forward(self, x: Tensor, h: Tensor, temperature: Tensor, k: Tensor | float) -> tuple[Tensor, Tensor]:
         """Factor on h `(…, d_ffn)` of the soft choice, and this layer's balance and z losses, `(2,)`."""
@@ -205,10 +206,6 @@ class Student(nn.Module):
             scaled(self._ffns, [self._scale(place) for place in range(len(self.layers))]),
         ):
             yield
-
-    def scales(self) -> list[Scale]:
-        """The finished model's, for `routing.scaled` and the judge."""
-        return [layer.scale for layer in self.layers]  # type: ignore[misc]
 
     def _scale(self, place: int) -> Scale:
         def scale(x: Tensor, h: Tensor) -> Tensor:
