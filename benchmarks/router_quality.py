@@ -41,7 +41,7 @@ OURS = {"ours, fixed k": False, "ours, variable k": True}
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", default="default", help="a finished run (default: default)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (default: 3)")
-    parser.add_argument("--tokens", type=int, default=100_000, help="training text of each (default: 100000)")
+    parser.add_argument("--tokens", type=int, default=80_000, help="training text of each (default: 80000)")
     parser.add_argument("--eval-tokens", type=int, default=30_000, help="held-out text (default: 30000)")
     parser.add_argument("--refine", type=int, default=refine.ROUNDS, help="rounds of refinement (default: 6)")
 
