@@ -32,6 +32,9 @@ LOOKS = 10
 MORE = 8
 """Training batches on which, besides the validation text, final thresholds are set."""
 
+REVIVING = 4096
+"""Validation tokens by which a dead expert finds its new start."""
+
 DEAD = 0.001
 """Share of tokens below which an expert counts as dead."""
 
@@ -255,7 +258,7 @@ class _Course(nn.Module):
         layers: Any = self.student.layers
         if self._recipe.variable:
             calibrate(self.student.model, self._ffns, layers, self._validation)
-        seen = [_Seen(layer) for layer in layers]
+        seen = [_Seen(layer, REVIVING if self._recipe.revive else 0) for layer in layers]
         total = 0.0
         for ids in self._validation.split(self._rows):
             target = None if self._recipe.goal == "lm" else self.student.teacher(input_ids=ids, use_cache=False).logits
@@ -279,8 +282,9 @@ class _Course(nn.Module):
 class _Seen:
     """A layer's hard choice, with what it saw and whom it called."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any, inputs: int) -> None:
+        """`inputs`: of how many tokens to keep x."""
+        self.layer, self._inputs = layer, inputs
         self.x = torch.empty(0)
         self.on = torch.zeros(getattr(layer, "experts", 0))
         self.tokens = 0
@@ -292,7 +296,8 @@ class _Seen:
 
     def scale(self, x: Tensor, h: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        self.x = self.x if len(self.x) else tokens  # of the first texts; the last ones may be few
+        if len(self.x) < self._inputs:
+            self.x = torch.cat([self.x.to(tokens), tokens])[: self._inputs] if len(self.x) else tokens
         if isinstance(self.layer, Routed):
             self.on = self.on.to(tokens.device) + self.layer.hard(tokens)[0].sum(0)
             self.tokens += len(tokens)
