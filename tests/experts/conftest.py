@@ -1,13 +1,15 @@
-"""A tiny dense model with weights large enough that every neuron matters, scanned in memory."""
+"""A tiny dense model with weights large enough that every neuron matters, scanned in memory; texts of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from tinyonn_lib.experts import evidence, score
 from tinyonn_lib.experts.partition import Partition
@@ -15,6 +17,8 @@ from tinyonn_lib.lm import models
 from tinyonn_lib.scan.observer import Observer
 from tinyonn_lib.scan.scan import frozen_eval, next_token_loss
 from tinyonn_lib.scan.tables import neurons_table
+
+Batch = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,30 @@ def tiny() -> Tiny:
     scores = score.score_table(neurons.merge(evidence.weight_norms(ffns), on=["layer", "neuron"]))
     tokens = evidence.collect(model, ffns, ids.tolist())
     return Tiny(model, ffns, ids[:3], neurons, scores, evidence.Evidence(ffns, neurons, scores, tokens))
+
+
+@torch.no_grad()
+def written(model: Any, rows: int, length: int, seed: int) -> Tensor:
+    """Texts of the model's own, so that it is as good as trained on them, `(rows, length)`."""
+    make = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (rows, 1), generator=make)
+    for _ in range(length - 1):
+        likely = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(likely, 1, generator=make)], 1)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def texts(tiny: Tiny) -> Tensor:
+    return written(tiny.model, 320, 13, seed=1)
+
+
+@pytest.fixture(scope="module")
+def validation(texts: Tensor) -> Tensor:
+    return texts[:40]
+
+
+@pytest.fixture(scope="module")
+def batch(texts: Tensor) -> Batch:
+    pool = texts[40:]
+    return lambda step: pool[torch.randint(0, 280, (12,), generator=torch.Generator().manual_seed(step))]

@@ -23,8 +23,8 @@ from tinyonn_lib.experts.together import Batches, Together
 from tinyonn_lib.experts.training import Recipe, Trained
 from tinyonn_lib.lm import samples, worker
 
-from .conftest import Tiny
-from .test_training import begin, dead, pruning, written
+from .conftest import Tiny, written
+from .trainings import begin, dead, pruning
 
 KILL = "TINYONN_TEST_KILL"
 """Step of `fit` at which the first process kills itself."""
