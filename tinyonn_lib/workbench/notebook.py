@@ -8,8 +8,9 @@ from typing import Any
 
 from tinyonn_lib.workbench import words
 from tinyonn_lib.workbench.params import changed, comments, literal, validate
-from tinyonn_lib.workbench.phases import PHASES, Params, Phase
+from tinyonn_lib.workbench.phases import PHASES, Phase
 from tinyonn_lib.workbench.runs import Run, open_run
+from tinyonn_lib.workbench.schemas import Params
 
 
 def start(phase: str, namespace: Mapping[str, Any]) -> tuple[Any, Run]:

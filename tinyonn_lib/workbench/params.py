@@ -19,7 +19,8 @@ import yaml
 from pydantic import ValidationError
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.workbench.phases import PHASES, ROOT, Params, Phase
+from tinyonn_lib.workbench.phases import PHASES, ROOT, Phase
+from tinyonn_lib.workbench.schemas import Params
 
 _LINE = re.compile(r"^(?P<key>[A-Za-z_]\w*):[ \t]*(?P<value>.*?)(?:[ \t]+#[ \t]*(?P<comment>.*))?$")
 

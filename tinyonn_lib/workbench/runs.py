@@ -25,7 +25,8 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.progress import Progress
 from tinyonn_lib.workbench import page, progress, words
 from tinyonn_lib.workbench.params import changed
-from tinyonn_lib.workbench.phases import PHASES, Params, Phase, runs_root
+from tinyonn_lib.workbench.phases import PHASES, Phase, runs_root
+from tinyonn_lib.workbench.schemas import Params
 
 MANIFEST = "manifest.json"
 PENDING = ".manifest.json"

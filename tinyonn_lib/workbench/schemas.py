@@ -1,0 +1,279 @@
+"""Which parameters each phase takes, of which type and within which bounds.
+
+Defaults live in `params/<phase>.yaml` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+# A run is a folder name: no separators, nothing hidden.
+RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,=-]{0,199}$")]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=0.5)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _fractions(text: str) -> str:
+    try:
+        good = all(0 < float(part) <= 1 for part in text.split())
+    except ValueError:
+        good = False
+    if not text.split() or not good:
+        raise ValueError("expected numbers in (0, 1], separated by blanks")
+    return text
+
+
+Fractions = Annotated[str, BeforeValidator(str), AfterValidator(_fractions)]
+"""Several fractions in one flat value, such as `0.25 0.5 0.75`."""
+
+
+def _no_password(url: str) -> str:
+    # Parameters end up in manifests, notebooks and reports.
+    if urlsplit(url).password:
+        raise ValueError("leave the password out of the URL and give it as TINYONN_REDIS_PASSWORD in the environment")
+    return url
+
+
+class Params(BaseModel):
+    """What every phase takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    run: RunName
+    base: RunName | Literal[""]
+
+
+class Pretrain(Params):
+    texts: str
+    corpus_packages: str
+    device: str
+    calibration: Share
+    heldout: Share
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)]
+    width: Annotated[int, Field(ge=16, multiple_of=2)]
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Annotated[int, Field(ge=8, multiple_of=2)]
+    ffn: Annotated[int, Field(ge=16)]
+    student_width: Annotated[int, Field(ge=16, multiple_of=2)]
+    student_layers: Count
+    student_ffn: Annotated[int, Field(ge=16)]
+    tokens: Count
+    student_tokens: Count
+    seconds: Annotated[float, Field(ge=0)]
+    batch: Count
+    length: Annotated[int, Field(ge=8)]
+    lr_matrix: Positive
+    lr_other: Positive
+    ngram_order: Annotated[int, Field(ge=1, le=6)]
+    checkpoint_seconds: Positive
+    prompts: str
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _heads(self) -> Pretrain:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        return self
+
+
+class Scan(Params):
+    model: str
+    texts: str
+    dtype: Literal["float32", "bfloat16", "nf4"]
+    device: str
+    tokens: Count
+    batch: Literal[1]
+    length: Annotated[int, Field(ge=8)]
+    targets: str
+    rows: bool
+    rho: Fraction
+    redis_url: Annotated[str, AfterValidator(_no_password)]
+    flush_seconds: Positive
+    shards: Count
+    workers: Count
+    budget: Annotated[float, Field(gt=0, lt=1)]
+    seed: Seed
+
+
+class Cluster(Params):
+    device: str
+    w_act: Annotated[float, Field(ge=-10, le=10)]
+    w_grad: Annotated[float, Field(ge=-10, le=10)]
+    w_freq: Annotated[float, Field(ge=-10, le=10)]
+    scope: Literal["layer", "global"]
+    log: bool
+    method: Literal["kmeans", "hdbscan", "balanced"]
+    clusters: Annotated[int, Field(ge=2)]
+    coactivation: Annotated[int, Field(ge=0, le=64)]
+    neighbours: Annotated[int, Field(ge=2)]
+    min_dist: Annotated[float, Field(ge=0, le=1)]
+    tokens: Count
+    length: Annotated[int, Field(ge=8)]
+    choice: str
+    seed: Seed
+
+
+class Experts(Params):
+    device: str
+    dtype: Literal["float32", "bfloat16", "nf4"]
+    methods: str
+    partition: str
+    experts: Annotated[int, Field(ge=2)]
+    size: Annotated[int, Field(ge=0)]
+    shared: Annotated[float, Field(ge=0, lt=1)]
+    shared_scope: Literal["fixed", "layer"]
+    pool: Count
+    pool_size: Count
+    active: Fractions
+    tokens: Count
+    eval_tokens: Count
+    other_texts: str
+    other_tokens: Count
+    length: Annotated[int, Field(ge=8)]
+    project: Fraction
+    alpha: Annotated[float, Field(ge=0, le=100)]
+    beta: Annotated[float, Field(ge=0, le=100)]
+    project_steps: Count
+    project_lr: Positive
+    seeds: Count
+    seed: Seed
+
+
+class Router(Params):
+    device: str
+    dtype: Literal["float32", "bfloat16", "nf4"]
+    active: Fraction
+    partition: str
+    refine: Annotated[int, Field(ge=0, le=100)]
+    init: Literal["random", "centroid", "analytic", "cmoe"]
+    variable: bool
+    goal: Literal["kl", "lm"]
+    warm_tokens: Annotated[int, Field(ge=0)]
+    tokens: Count
+    batch: Count
+    accumulate: Count
+    length: Annotated[int, Field(ge=17)]
+    processes: Count
+    strategy: Literal["ddp", "zero2"]
+    lr: Positive
+    schedule: Literal["trapezoidal", "cosine", "constant"]
+    precision: Literal["float32", "bfloat16", "auto"]
+    balance: Annotated[float, Field(ge=0)]
+    z_loss: Annotated[float, Field(ge=0)]
+    revive: bool
+    lr_experts: Annotated[float, Field(ge=0, lt=1)]
+    unfreeze: Fraction
+    patience: Count
+    fit_tokens: Count
+    eval_tokens: Count
+    speed_seconds: Positive
+    checkpoint_seconds: Positive
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _fits(self) -> Router:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+        if self.dtype == "nf4" and self.lr_experts:
+            raise ValueError("quantised experts cannot train: choose dtype=bfloat16 or lr_experts=0")
+        return self
+
+
+class Selector(Params):
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+    model: str
+    texts: str
+    rows: Annotated[int, Field(ge=16)]
+    length: Annotated[int, Field(ge=0)]
+    loss: Literal["contrastive", "lm"]
+    corruptions: str
+    trash_expert_ratio: Fraction
+    epochs: Count
+    batch: Count
+    lr: Positive
+    full: bool
+    seeds: Count
+    judge_rows: Annotated[int, Field(ge=16)]
+    checkpoint_seconds: Positive
+    seed: Seed
+
+
+class Select(Params):
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+    selector: str
+    epoch: Annotated[int, Field(ge=0)]
+    texts: str
+    column: str
+    pool_packages: str
+    pool_rows: Annotated[int, Field(ge=64)]
+    dirt: Fraction
+    heldout: Share
+    score: Literal[
+        "literal", "centred", "log_mass", "contrastive", "combined", "random", "length", "longest", "perplexity", "ifd"
+    ]
+    trash: Literal["last", "calibrated"]
+    trash_expert_ratio: Fraction
+    selection_percentage: Annotated[float, Field(gt=0, le=1)]
+    unique: Annotated[float, Field(ge=0, le=1)]
+    length: Annotated[int, Field(ge=0)]
+    batch_tokens: Count
+    processes: Count
+    compare_rows: Annotated[int, Field(ge=64)]
+    seed: Seed
+
+
+class Target(Params):
+    device: str
+    dtype: Literal["float32", "bfloat16", "nf4"]
+    model: str
+    heldout: str
+    against: str
+    tokens: Count
+    seeds: Annotated[int, Field(ge=1)]
+    r: Count
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: str
+    lr: Positive
+    schedule: Literal["trapezoidal", "cosine", "constant"]
+    batch: Count
+    accumulate: Count
+    length: Annotated[int, Field(ge=8)]
+    precision: Literal["float32", "bfloat16", "auto"]
+    gradient_checkpointing: bool
+    processes: Count
+    strategy: Literal["ddp", "zero2", "zero3"]
+    eval_tokens: Count
+    checkpoint_seconds: Positive
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _fits(self) -> Target:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+        if self.dtype == "nf4" and self.processes > 1:
+            raise ValueError("a 4-bit base trains in one process: choose processes=1, or dtype=bfloat16")
+        return self
+
+
+class Evaluate(Params):
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+    tasks: str
+    mmlu: str
+    fewshot: Annotated[int, Field(ge=0)]
+    limit: Annotated[int, Field(ge=0)]
+    documents: Count
+    questions: Count
+    batch: Count
+    seed: Seed
