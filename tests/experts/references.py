@@ -1,16 +1,22 @@
 """Controls and routers once more, from their descriptions, in the plainest loops: what the library is compared with.
 
-Nothing here is fast or shared with the library. Arrays are float64; `h` is `(tokens, neurons)`.
+Nothing here is fast or shared with the library, but for what `linear_router` is made of. Arrays are float64; `h` is
+`(tokens, neurons)`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
+from tinyonn_lib.experts import routing
+from tinyonn_lib.experts.partition import Partition
 
 Array = Any
 
@@ -194,3 +200,31 @@ def ridge(x: Array, target: Array, penalties: list[float]) -> tuple[Array, Array
 
     solution = fit(x, target, min(penalties, key=left_out))
     return solution[1:].T, solution[0]
+
+
+def linear_router(
+    rows: Sequence[Tensor],
+    partition: Partition,
+    k: int,
+    gates: str = "softmax",
+    biases: Sequence[Tensor] | None = None,
+) -> list[routing.Scale]:
+    """A linear top-k router per layer, `rows[l]` `(experts, d_model)`, as the exported family computes it.
+
+    Args:
+        gates: a key of `routing.GATES`; a zero router with every expert on is the dense model under each.
+        biases: per layer `(experts,)`, added to σ(logit) for the choice alone; only with sigmoid gates.
+    """
+    gate = routing.GATES[gates]
+
+    def layer_scale(layer: int, weight: Tensor, bias: Tensor | None) -> routing.Scale:
+        widen = routing.per_neuron(partition, layer)
+
+        def scale(x: Tensor, h: Tensor) -> Tensor:
+            logits = x.float() @ weight.detach().to(x.device).T
+            order = logits if bias is None else logits.sigmoid() + bias.detach().to(x.device)
+            return widen((gate(logits) * routing.top_mask(order, k)).to(h))
+
+        return scale
+
+    return [layer_scale(layer, weight, None if biases is None else biases[layer]) for layer, weight in enumerate(rows)]

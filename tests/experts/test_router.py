@@ -14,10 +14,11 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts import export, router, routers, running
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import INITS, Router
-from tinyonn_lib.experts.routing import GATES, linear_router, scaled, top_mask
+from tinyonn_lib.experts.routing import GATES, scaled, top_mask
 from tinyonn_lib.experts.student import Routed
 
 from .conftest import Tiny
+from .references import linear_router
 
 WIDTH = 32
 

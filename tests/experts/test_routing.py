@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tinyonn_lib.experts import assemble, partition, routing
 
 from .conftest import Tiny
+from .references import linear_router
 
 
 @pytest.fixture
@@ -53,13 +54,13 @@ def test_router_gates_as_softmax_times_experts(tiny: Tiny, part: partition.Parti
     for token in range(len(x)):
         for e in gates[token].argsort(descending=True)[:3]:
             expected[token] += 4 * gates[token, e] * outputs[e, token]
-    found = run_layer(tiny, routing.linear_router([weight, weight], part, k=3)[0], x)
+    found = run_layer(tiny, linear_router([weight, weight], part, k=3)[0], x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_zero_router_with_all_experts_is_the_dense_model(tiny: Tiny, part: partition.Partition) -> None:
     expected = tiny.model(tiny.ids).logits
-    with routing.scaled(tiny.ffns, routing.linear_router([torch.zeros(4, 32)] * 2, part, k=4)):
+    with routing.scaled(tiny.ffns, linear_router([torch.zeros(4, 32)] * 2, part, k=4)):
         found = tiny.model(tiny.ids).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -109,7 +110,7 @@ def test_sigmoid_gates_are_twice_the_sigmoid(tiny: Tiny) -> None:
     factor = torch.ones(11, 32)
     for e, neurons in enumerate(part.experts[0]):
         factor[:, neurons] = gates[:, [e]]
-    found = run_layer(tiny, routing.linear_router([weight] * 2, part, 3, "sigmoid")[0], x)
+    found = run_layer(tiny, linear_router([weight] * 2, part, 3, "sigmoid")[0], x)
     torch.testing.assert_close(found, ffn.down(F.silu(ffn.gate(x)) * ffn.up(x) * factor), atol=1e-6, rtol=1e-5)
 
 
@@ -122,5 +123,5 @@ def test_selection_biases_choose_and_leave_the_gates_alone(tiny: Tiny, part: par
     for token in range(len(x)):
         for e in (gates[token] + bias).argsort(descending=True)[:2]:
             expected[token] += 2 * gates[token, e] * outputs[e, token]
-    found = run_layer(tiny, routing.linear_router([weight] * 2, part, 2, "sigmoid", [bias] * 2)[0], x)
+    found = run_layer(tiny, linear_router([weight] * 2, part, 2, "sigmoid", [bias] * 2)[0], x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -161,8 +161,7 @@ def test_what_cannot_be_trained_together_is_one_line(
 
     refused("^A batch of 12 rows cannot be cut into equal pieces .* on 16 processes", replace(usual, processes=16))
     refused("^A batch of 3 rows cannot be cut", usual, size=3)
-    refused("^strategy=zero3 cannot train routers: .* Choose zero2 or ddp", replace(usual, strategy="zero3"))
-    refused("^Unknown strategy 'fsdp': choose one of ddp, zero2", replace(usual, strategy="fsdp"))
+    refused("^Unknown strategy 'zero3': choose one of ddp, zero2", replace(usual, strategy="zero3"))
     refused("^revive=true moves routers .* choose strategy=ddp", replace(usual, strategy="zero2"), revive=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refused("^2 processes train on GPUs where there are any: choose device=auto", usual)

@@ -22,6 +22,7 @@ from tinyonn_lib.lm import models, tokenizer
 from tinyonn_lib.workbench import cli
 
 from .dense import dense, divide
+from .references import linear_router
 from .test_export import files_at_most
 
 IDS = torch.randint(3, 96, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -116,7 +117,7 @@ def test_loaded_equals_in_memory(cases: dict[str, Case], name: str, implementati
 def test_plain_load_has_the_fixed_k(cases: dict[str, Case], name: str) -> None:
     one = cases[name]
     rows, biases = exported(part.router for part in one.layers)
-    fixed = routing.linear_router(rows, one.partition, 2, CASES[name][2], biases)
+    fixed = linear_router(rows, one.partition, 2, CASES[name][2], biases)
     plain = AutoModelForCausalLM.from_pretrained(one.folder, dtype=torch.float32)
     with torch.no_grad():
         before = plain(IDS).logits

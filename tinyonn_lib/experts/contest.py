@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ class Contest:
         self.kind: dict[str, str] = {}
         self.k: dict[str, list[float]] = {}
         self.share: dict[str, float] = {}
+        self._starts: dict[tuple[Partition, str], Any] = {}
 
     def route(
         self, label: str, partition: Partition, *, init: str = "analytic", kind: str = "router", **changes: Any
@@ -108,14 +111,13 @@ class Contest:
             kind: "control" if it is there to be beaten.
             changes: to the recipe, such as `variable=True`.
         """
-        gates = families.trainable(self.court.model.config, partition).gates
-        begun = build(self.evidence, partition, init, gates, self.seed, self.court.model.device)
+        begun = self._begin(partition, init)
         k, recipe = partition.k(self.active), replace(self.recipe, **changes)
         if self.warm_steps:
             local = replace(recipe, goal="layer", lr_experts=0.0)
             self._fit(self._by.train, f"{label}, local", partition, begun, k=k, steps=self.warm_steps, recipe=local)
         found = self._fit(self._by.train, label, partition, begun, k=k, steps=self.steps, recipe=recipe)
-        self.k[label] = mean_k(self.court.ids, found)
+        self.k[label] = mean_k(self.court.ids, found, self.court.batch)
         self._judge(label, kind, found, _share(partition, self.k[label]))
         return found
 
@@ -167,6 +169,15 @@ class Contest:
         """Loss of one minus another's, paired."""
         return self.court.between(self.losses, one, other)
 
+    def _begin(self, partition: Partition, init: str) -> Any:
+        """Routers as they begin, for training in place; found once for all who begin alike."""
+        if (partition, init) not in self._starts:
+            gates = families.trainable(self.court.model.config, partition).gates
+            self._starts[partition, init] = build(
+                self.evidence, partition, init, gates, self.seed, self.court.model.device
+            )
+        return copy.deepcopy(self._starts[partition, init])
+
     def _judge(self, label: str, kind: str, found: Trained, share: float) -> None:
         scales = [layer.scale for layer in found.layers]
         with torch.no_grad(), adapted(found.layers, ffns(found.model)):
@@ -188,8 +199,8 @@ class Contest:
 
 
 @torch.no_grad()
-def mean_k(samples: Sequence[Sequence[int]], found: Trained) -> list[float]:
-    """Experts that are on per token of these samples (token ids) in each layer."""
+def mean_k(samples: Sequence[Sequence[int]], found: Trained, batch: int) -> list[float]:
+    """Experts that are on per token of these samples (token ids) in each layer, `batch` samples at a time."""
     if not found.layers[0].variable:
         return [float(layer.k) for layer in found.layers]
     on: list[list[Tensor]] = [[] for _ in found.layers]
@@ -202,8 +213,9 @@ def mean_k(samples: Sequence[Sequence[int]], found: Trained) -> list[float]:
         return scale
 
     with routing.scaled(ffns(found.model), [counting(place, layer) for place, layer in enumerate(found.layers)]):
-        for ids in samples:  # one at a time: padding would count
-            found.model.model(input_ids=torch.tensor([ids], device=found.model.device), use_cache=False)
+        for _, alike in groupby(sorted(samples, key=len), len):  # padding would count
+            for ids in torch.tensor(list(alike), device=found.model.device).split(batch):
+                found.model.model(input_ids=ids, use_cache=False)
     return [float(torch.cat(each).mean()) for each in on]
 
 

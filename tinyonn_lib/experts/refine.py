@@ -34,12 +34,10 @@ class Refined:
 
     Attributes:
         partition: the refined one, with the same shapes.
-        routers: per layer the ridge router over it.
         energy: share of all neurons' energy that is on, on the tokens it was refined with: `layer, round, share`.
     """
 
     partition: Partition
-    routers: tuple[routers.Linear, ...]
     energy: pd.DataFrame
 
 
@@ -62,7 +60,6 @@ def refine(
     """
     experts: list[Tensor] = []
     shared: list[Tensor] = []
-    fitted: list[routers.Linear] = []
     rows = []
     layers = len(partition.experts)
     for place, layer in enumerate(evidence):
@@ -70,22 +67,20 @@ def refine(
         value = layer.h.float().square() * layer.contribution.square()
         best = -1.0
         for number in range(rounds + 1):
-            score = routers.ridge(layer, index, seed)
-            on = top_mask(score(layer.x), k)
+            on = top_mask(routers.ridge(layer, index, seed)(layer.x), k)
             share = float((on * value[:, index].sum(-1)).sum() + value[:, always].sum()) / float(value.sum())
             rows.append((layer.layer, number, share))
             if share > best:
-                best, kept = share, (index, always, score)
+                best, kept = share, (index, always)
             if number < rounds:
                 index, always = _assigned(on, value, index, always)
             if progress:
                 progress(place * (rounds + 1) + number + 1, layers * (rounds + 1), f"layer {layer.layer}")
         experts.append(kept[0])
         shared.append(kept[1])
-        fitted.append(kept[2])
     table = pd.DataFrame(rows, columns=["layer", "round", "share"])
     refined = Partition(partition.method, tuple(experts), tuple(shared), partition.dropped)
-    return Refined(refined, tuple(fitted), table)
+    return Refined(refined, table)
 
 
 def _assigned(on: Tensor, value: Tensor, index: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:

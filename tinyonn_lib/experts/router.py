@@ -119,7 +119,7 @@ def build(
 
 
 def exported(made: Iterable[Any]) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Rows and selection biases of all layers, for `export(routers=…, biases=…)` and `routing.linear_router`."""
+    """Rows and selection biases of all layers, for `export(routers=…, biases=…)`."""
     both = [router.exported() for router in made]
     biases = [bias for _, bias in both if bias is not None]
     return [rows for rows, _ in both], biases or None

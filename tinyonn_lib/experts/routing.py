@@ -144,31 +144,3 @@ def dropped_mean(ffns: Sequence[FFN], scores: Sequence[Tensor], means: Sequence[
         dropped = 1 - top_mask(score, max(1, round(keep * score.numel())))
         shifts.append(down @ (mean * dropped).to(down))
     return shifts
-
-
-def linear_router(
-    rows: Sequence[Tensor],
-    partition: Partition,
-    k: int,
-    gates: str = "softmax",
-    biases: Sequence[Tensor] | None = None,
-) -> list[Scale]:
-    """A linear top-k router per layer, `rows[l]` `(experts, d_model)`, as the exported family computes it.
-
-    Args:
-        gates: a key of `GATES`; a zero router with every expert on is the dense model under each.
-        biases: per layer `(experts,)`, added to σ(logit) for the choice alone; only with sigmoid gates.
-    """
-    gate = GATES[gates]
-
-    def layer_scale(layer: int, weight: Tensor, bias: Tensor | None) -> Scale:
-        widen = per_neuron(partition, layer)
-
-        def scale(x: Tensor, h: Tensor) -> Tensor:
-            logits = x.float() @ weight.detach().to(x.device).T
-            order = logits if bias is None else logits.sigmoid() + bias.detach().to(x.device)
-            return widen((gate(logits) * top_mask(order, k)).to(h))
-
-        return scale
-
-    return [layer_scale(layer, weight, None if biases is None else biases[layer]) for layer, weight in enumerate(rows)]

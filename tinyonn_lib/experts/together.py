@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STRATEGIES = {"ddp": None, "zero2": Path(__file__).parents[2] / "params" / "accelerate" / "zero2.yaml"}
-"""How the processes share the work, and accelerate's config for it: see the files."""
+"""How the processes share the work, and accelerate's config for it: see the files.
+
+ZeRO-3 is none: it takes weights away between two layers, when biases of the control and training experts need them."""
 
 _MODULE = "tinyonn_lib.experts.together"
 _DONE, _HISTORY, _USAGE = "done.pt", "history.parquet", "usage.parquet"
@@ -142,14 +144,9 @@ class Together:
         """What would fail after the processes have started, or quietly be something else.
 
         Raises:
-            BenchError: ZeRO-3 or an unknown strategy, rows that cannot be shared out, more processes than GPUs, a CPU
+            BenchError: an unknown strategy, rows that cannot be shared out, more processes than GPUs, a CPU
                 asked for where there are GPUs, or `revive` with DeepSpeed.
         """
-        if self.strategy == "zero3":
-            raise BenchError(
-                "strategy=zero3 cannot train routers: it takes weights away between two layers, when the control's "
-                "biases and experts that train are still needed. Choose zero2 or ddp."
-            )
         if self.strategy not in STRATEGIES:
             raise BenchError(f"Unknown strategy '{self.strategy}': choose one of {', '.join(STRATEGIES)}.")
         check_rows(batch(0), accumulate, self.processes)

@@ -6,6 +6,7 @@ The choice begins soft and hardens (`soft`); the loss is layer-local, or that of
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
-from tinyonn_lib.experts.routing import scaled
+from tinyonn_lib.experts.routing import Scale, scaled
 from tinyonn_lib.experts.soft import END, temperature
 from tinyonn_lib.experts.student import Pruned, Routed, Student, adapted, budgets, divergence, next_token
 from tinyonn_lib.lm import models, resume
 from tinyonn_lib.lm.models import FFN
 from tinyonn_lib.lm.record import HeldOut
+from tinyonn_lib.lm.threads import threads
 from tinyonn_lib.lm.train import fit
 
 LOOKS = 10
@@ -37,6 +39,9 @@ REVIVING = 4096
 
 DEAD = 0.001
 """Share of tokens below which an expert counts as dead."""
+
+KEPT = 2**26
+"""Logits of the teacher on the validation text that are kept from one look to the next, if they are no more."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,9 @@ def train(
     tag = resume.fingerprint({"recipe": recipe, "k": k}, owners, None)
     late = max(1, round(steps * recipe.unfreeze)) if recipe.lr_experts else 0
     pieces = options.get("accumulate", 1)
-    course = _Course(model, layers, validation, recipe, steps - late, batch, soft=True, accumulate=pieces)
     tables, usages = [], []
     if steps > late:
+        course = _Course(model, layers, validation, recipe, steps - late, batch, soft=True, accumulate=pieces)
         tables.append(course.run(checkpoint, tag, **options).assign(stage="router"))
         usages.append(course.usage())
     if late:
@@ -207,7 +212,8 @@ class _Course(nn.Module):
         weights = {"balance": recipe.balance, "z_loss": recipe.z_loss}
         self.student = Student(model, self._ffns, layers, goal=recipe.goal, teacher=teacher, **weights)
         self._recipe, self._steps, self._first, self._soft = recipe, steps, first, soft
-        self._validation, self._batch = validation, batch
+        self._validation, self._batch, self._shards = validation, batch, 1
+        self._kept: dict[int, Tensor] = {}
         self._every = max(1, -(-steps // LOOKS))
         self._rows = max(1, len(batch(0)) // accumulate)  # what fits the memory in training fits it here
         routed = [layer.experts for layer in layers if isinstance(layer, Routed)]
@@ -223,6 +229,8 @@ class _Course(nn.Module):
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         held_out = HeldOut(self.look, self._every, self._recipe.patience)
         options = {"warmup_steps": min(10, self._steps // 4)} | options
+        if self._validation.device.type == "cpu" and options.get("accelerator") is None:
+            self._shards = options.get("shards", 1)
         with self.student.running():
             return fit(
                 self, self.student.loss, self.data, optimizer,
@@ -258,15 +266,52 @@ class _Course(nn.Module):
         layers: Any = self.student.layers
         if self._recipe.variable:
             calibrate(self.student.model, self._ffns, layers, self._validation)
-        seen = [_Seen(layer, REVIVING if self._recipe.revive else 0) for layer in layers]
-        total = 0.0
-        for ids in self._validation.split(self._rows):
-            target = None if self._recipe.goal == "lm" else self.student.teacher(input_ids=ids, use_cache=False).logits
-            with adapted(layers, self._ffns), scaled(self._ffns, [each.scale for each in seen]):
-                logits = self.student.model(input_ids=ids, use_cache=False).logits
+        blocks = self._validation.split(max(1, self._rows // self._shards))
+        here = threading.local()  # blocks run side by side
+
+        def watching(layer: Any) -> Scale:
+            def scale(x: Tensor, h: Tensor) -> Tensor:
+                tokens = x.flatten(0, -2)
+                on = layer.hard(tokens)[0].sum(0) if isinstance(layer, Routed) else tokens.new_empty(0)
+                here.calls.append((tokens[: here.inputs].clone(), on))
+                factor: Tensor = layer.scale(x, h)
+                return factor
+
+            return scale
+
+        @torch.no_grad()  # it holds for one thread
+        def measure(given: tuple[int, Tensor | None]) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+            number, target = given
+            ids, here.calls = blocks[number], []
+            here.inputs = max(0, REVIVING * self._recipe.revive - number * blocks[0].numel())
+            logits = self.student.model(input_ids=ids, use_cache=False).logits
             loss = next_token(logits, ids) if target is None else divergence(logits, target)
-            total += float(loss) * len(ids)
-        return total / len(self._validation), seen
+            return float(loss) * len(ids), here.calls
+
+        found = []
+        with threads(self._shards) as each:
+            for first in range(0, len(blocks), self._shards):  # no more targets at once than threads
+                some = range(len(blocks))[first : first + self._shards]
+                targets = each(lambda number: self._target(number, blocks[number]), some)
+                with adapted(layers, self._ffns), scaled(self._ffns, [watching(layer) for layer in layers]):
+                    found += each(measure, list(zip(some, targets, strict=True)))
+        seen = []
+        for layer, calls in zip(layers, zip(*(calls for _, calls in found), strict=True), strict=True):
+            shares = torch.stack([on for _, on in calls]).sum(0) / self._validation.numel()
+            seen.append(_Seen(layer, torch.cat([x for x, _ in calls]), shares))
+        return sum(loss for loss, _ in found) / len(self._validation), seen
+
+    @torch.no_grad()
+    def _target(self, number: int, ids: Tensor) -> Tensor | None:
+        """The teacher's logits on a block of the validation text."""
+        if self._recipe.goal == "lm":
+            return None
+        if number in self._kept:
+            return self._kept[number]
+        logits: Tensor = self.student.teacher(input_ids=ids, use_cache=False).logits
+        if self._validation.numel() * logits.shape[-1] <= KEPT:
+            self._kept[number] = logits
+        return logits
 
     def usage(self) -> pd.DataFrame:
         """See `Trained.usage`."""
@@ -279,30 +324,18 @@ class _Course(nn.Module):
         return table.assign(dead=table["share"] < DEAD)
 
 
+@dataclass(frozen=True)
 class _Seen:
-    """A layer's hard choice, with what it saw and whom it called."""
+    """A layer on the validation text.
 
-    def __init__(self, layer: Any, inputs: int) -> None:
-        """`inputs`: of how many tokens to keep x."""
-        self.layer, self._inputs = layer, inputs
-        self.x = torch.empty(0)
-        self.on = torch.zeros(getattr(layer, "experts", 0))
-        self.tokens = 0
+    Attributes:
+        x: what it sees of the first tokens, `(tokens, d_model)`, for reviving.
+        shares: of the tokens on which each expert is on, `(experts,)`.
+    """
 
-    @property
-    def shares(self) -> Tensor:
-        """Share of the tokens on which each expert is on, `(experts,)`."""
-        return self.on / self.tokens
-
-    def scale(self, x: Tensor, h: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        if len(self.x) < self._inputs:
-            self.x = torch.cat([self.x.to(tokens), tokens])[: self._inputs] if len(self.x) else tokens
-        if isinstance(self.layer, Routed):
-            self.on = self.on.to(tokens.device) + self.layer.hard(tokens)[0].sum(0)
-            self.tokens += len(tokens)
-        factor: Tensor = self.layer.scale(x, h)
-        return factor
+    layer: Any
+    x: Tensor
+    shares: Tensor
 
 
 @torch.no_grad()
