@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyonn_lib.experts import routers
+from tinyonn_lib.experts import analytic
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
 from tinyonn_lib.experts.soft import START
@@ -33,7 +33,7 @@ def layers_of(
     made = []
     for place, evidence in enumerate(tiny.evidence):
         experts = len(part.experts[place])
-        start = routers.Linear(normal(experts, WIDTH, seed=place), normal(experts, seed=place + 10))
+        start = analytic.Linear(normal(experts, WIDTH, seed=place), normal(experts, seed=place + 10))
         router = Router(start, evidence.x, gates, gain)
         made.append(Routed(router, part, place, k, variable=variable))  # type: ignore[arg-type]
     return made

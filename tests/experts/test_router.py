@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import export, router, routers, running
+from tinyonn_lib.experts import analytic, export, router, running
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import INITS, Router
 from tinyonn_lib.experts.routing import GATES, scaled, top_mask
@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def some(experts: int, gates: str, *, gain: float = 0.01, seed: int = 0) -> Router:
-    start = routers.Linear(normal(experts, WIDTH, seed=seed), normal(experts, seed=seed + 1))
+    start = analytic.Linear(normal(experts, WIDTH, seed=seed), normal(experts, seed=seed + 1))
     return Router(start, normal(200, WIDTH, seed=9), gates, gain)
 
 
@@ -94,7 +94,7 @@ def test_near_a_gain_of_zero_the_choice_is_the_score_plus_the_bias() -> None:
 
 @pytest.mark.parametrize("gates", GATES)
 def test_it_begins_in_units_of_its_own_spread_and_with_gates_of_about_one(gates: str) -> None:
-    start = routers.Linear(1000 * normal(6, WIDTH) + 50, 100 * normal(6, seed=1) + 7)
+    start = analytic.Linear(1000 * normal(6, WIDTH) + 50, 100 * normal(6, seed=1) + 7)
     x = normal(300, WIDTH, seed=2) + 0.5
     made = Router(start, x, gates)
     choice, factors, logits = made(x)
@@ -180,10 +180,10 @@ def test_every_init_is_linear_and_finite(tiny: Tiny, init: str, gates: str) -> N
     assert [tuple(each.weight.shape) for each in made] == [(4, WIDTH)] * 2
     for one, two, layer in zip(made, again, tiny.evidence, strict=True):
         start = INITS[init](layer, part.experts[layer.layer], 3)
-        assert isinstance(start, routers.Linear)
+        assert isinstance(start, analytic.Linear)
         assert all(bool(p.isfinite().all()) for p in one.parameters())
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
-        wanted = start if gates == "sigmoid" else routers.Linear(start.weight, torch.zeros(4))
+        wanted = start if gates == "sigmoid" else analytic.Linear(start.weight, torch.zeros(4))
         sure = clear(wanted(layer.x), 2, 1e-4 * float(wanted(layer.x).std()))
         assert sure.float().mean() > 0.9
         assert torch.equal(top_mask(one(layer.x)[0], 2)[sure], top_mask(wanted(layer.x), 2)[sure])
@@ -208,10 +208,10 @@ def test_errors(tiny: Tiny) -> None:
     nan[1, 2] = math.nan
     for rows in (torch.zeros(4, WIDTH), nan, normal(4, WIDTH) * math.inf, normal(1, WIDTH)):
         with pytest.raises(BenchError, match="scores all experts alike, or not finitely: choose another init"):
-            Router(routers.Linear(rows, torch.zeros(len(rows))), x, "sigmoid")
+            Router(analytic.Linear(rows, torch.zeros(len(rows))), x, "sigmoid")
     for broken in (x * math.nan, x * 0):
         with pytest.raises(BenchError, match="alike, or not finitely"):
-            Router(routers.Linear(normal(4, WIDTH), torch.zeros(4)), broken, "softmax")
+            Router(analytic.Linear(normal(4, WIDTH), torch.zeros(4)), broken, "softmax")
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5, 7, 64])
@@ -219,7 +219,7 @@ def test_equal_rows_are_told_although_their_mean_is_rounded(experts: int) -> Non
     for seed in range(5):
         rows = normal(1, WIDTH, seed=seed).expand(experts, WIDTH)
         with pytest.raises(BenchError, match="scores all experts alike"):
-            Router(routers.Linear(rows, torch.ones(experts) / 3), normal(50, WIDTH), "sigmoid")
+            Router(analytic.Linear(rows, torch.ones(experts) / 3), normal(50, WIDTH), "sigmoid")
 
 
 def test_the_loaded_checkpoint_chooses_and_says_the_same(tiny: Tiny, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts import export, router_file, routing
-from tinyonn_lib.experts.routers import Linear, Representative
+from tinyonn_lib.experts.analytic import Linear, Representative
 from tinyonn_lib.lm import models
 
 from .dense import dense, divide
@@ -137,7 +137,7 @@ def test_unit_gates_mean_the_same_for_every_scale_and_common_part() -> None:
 
 
 def test_a_router_that_is_only_a_bias() -> None:
-    """As `routers.static`: best first, whatever the token."""
+    """As `analytic.static`: best first, whatever the token."""
     (rows,), (bias,) = router_file.unit_gates([Linear(torch.zeros(28, 8), -torch.arange(28.0))])
     assert rows.count_nonzero() == 0
     assert (0.5 + bias).sort(descending=True).indices.tolist() == list(range(28))

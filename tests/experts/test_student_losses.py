@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import routers
+from tinyonn_lib.experts import analytic
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
 from tinyonn_lib.experts.routing import scaled
@@ -118,7 +118,7 @@ def test_unknown_goal(tiny: Tiny) -> None:
 def penalties(weight: Tensor, x: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
     experts = len(weight)
     part = Partition("any", (torch.arange(2 * experts).view(experts, 2),))
-    router = Router(routers.Linear(weight, torch.zeros(experts)), x, "sigmoid", 1.0)
+    router = Router(analytic.Linear(weight, torch.zeros(experts)), x, "sigmoid", 1.0)
     with torch.no_grad():
         router.weight.copy_(weight)
         if bias is not None and router.bias is not None:

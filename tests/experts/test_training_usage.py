@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import routers
+from tinyonn_lib.experts import analytic
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
 from tinyonn_lib.experts.routing import scaled
@@ -62,7 +62,7 @@ def test_layers_may_have_different_numbers_of_experts(tiny: Tiny, batch: Batch, 
     made = []
     for index, layer in zip(part.experts, tiny.evidence, strict=True):
         rows = torch.randn(len(index), 32, generator=torch.Generator().manual_seed(1))
-        made.append(Router(routers.Linear(rows, torch.zeros(len(index))), layer.x, "sigmoid"))
+        made.append(Router(analytic.Linear(rows, torch.zeros(len(index))), layer.x, "sigmoid"))
     found = train(tiny.model, part, made, batch, validation, k=2, steps=3)
     last = found.usage[found.usage["step"] == 3]
     assert last.groupby("layer").size().tolist() == [4, 3]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import export, routers, routing, running, variable
+from tinyonn_lib.experts import analytic, export, routing, running, variable
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router, exported
 from tinyonn_lib.experts.student import Routed
@@ -58,7 +58,7 @@ def make(name: str, folder: Path) -> Case:
     model, part, rng = dense(kind), divide(**division), torch.Generator().manual_seed(3)
     layers = []
     for layer, index in enumerate(part.experts):
-        start = routers.Linear(torch.randn(len(index), 32, generator=rng), torch.randn(len(index), generator=rng))
+        start = analytic.Linear(torch.randn(len(index), 32, generator=rng), torch.randn(len(index), generator=rng))
         router = Router(start, torch.randn(50, 32, generator=rng), gates, gain=0.5)
         layers.append(Routed(router, part, layer, 2, variable=True))
     calibrate(model, models.ffns(model), layers, torch.randint(3, 96, (4, 16), generator=rng))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyonn_lib.experts import router, routers
+from tinyonn_lib.experts import analytic, router
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
 from tinyonn_lib.experts.routing import scaled
@@ -127,7 +127,7 @@ def job(kind: str, file: Path | None, stop: int = -1) -> Trained:
     texts = written(model, 60, 10, seed=2)
     part = Partition("any", tuple(torch.randperm(32).view(4, 8).sort(-1).values for _ in range(2)))
     x = torch.randn(200, 16)
-    made = [Router(routers.Linear(torch.randn(4, 16), torch.zeros(4)), x, "sigmoid") for _ in range(2)]
+    made = [Router(analytic.Linear(torch.randn(4, 16), torch.zeros(4)), x, "sigmoid") for _ in range(2)]
     with torch.no_grad():
         for each in made:
             assert each.bias is not None

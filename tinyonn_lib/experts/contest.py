@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinyonn_lib import evaluate
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import families, routers, routing, training
+from tinyonn_lib.experts import analytic, families, routing, training
 from tinyonn_lib.experts.evidence import Evidence
 from tinyonn_lib.experts.judge import Judge, Losses, mean
 from tinyonn_lib.experts.partition import Partition
@@ -139,7 +139,7 @@ class Contest:
     def references(self, label: str, partition: Partition) -> None:
         """What needs no training: the analytic router (ridge regression) over a partition, and the oracle."""
         k, index = partition.k(self.active), partition.experts
-        ridge = [routers.ridge(layer, own, self.seed) for layer, own in zip(self.evidence, index, strict=True)]
+        ridge = [analytic.ridge(layer, own, self.seed) for layer, own in zip(self.evidence, index, strict=True)]
         choices = {
             "analytic": routing.chosen(partition, ridge, k),
             "oracle": routing.oracle(partition, self.court.ffns, k),

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import controls, families, routers
+from tinyonn_lib.experts import analytic, controls, families
+from tinyonn_lib.experts.analytic import Router, Score
 from tinyonn_lib.experts.balanced import balanced_kmeans
 from tinyonn_lib.experts.controls import with_shared
 from tinyonn_lib.experts.evidence import Evidence, LayerEvidence
 from tinyonn_lib.experts.partition import Labels, Partition, Shape
-from tinyonn_lib.experts.routers import Router, Score
 from tinyonn_lib.experts.score import FEATURES
 from tinyonn_lib.progress import Progress
 
@@ -66,19 +66,19 @@ def by_features(score: str, features: Sequence[str]) -> Split:
 _LIKE = [name for name in FEATURES if name not in ("z_grad", "z_saliency")]
 
 METHODS: dict[str, Method] = {
-    "sp": Method(by_features("sp", FEATURES), routers.ridge, True, "S_p and its features, balanced k-means"),
+    "sp": Method(by_features("sp", FEATURES), analytic.ridge, True, "S_p and its features, balanced k-means"),
     "sp_minus_gradient": Method(
-        by_features("sp_minus_gradient", FEATURES), routers.ridge, True, "the same, gradient counted for a neuron"
+        by_features("sp_minus_gradient", FEATURES), analytic.ridge, True, "the same, gradient counted for a neuron"
     ),
-    "sp_no_gradient": Method(by_features("sp_no_gradient", _LIKE), routers.ridge, True, "the same without gradients"),
-    "random": Method(controls.random, routers.gate_mean, True, "shuffle and cut"),
-    "weight_kmeans": Method(controls.weight_kmeans, routers.gate_mean, True, "MoEfication: similar gate rows"),
-    "coactivation": Method(controls.coactivation, routers.gate_mean, True, "MoEfication: neurons that fire together"),
-    "wanda": Method(controls.wanda, routers.static, False, "by ‖h‖·‖W_down‖, best first, static"),
-    "cmoe": Method(controls.cmoe, routers.representative, False, "CMoE: activation rates, representative neurons"),
-    "expertweaver": Method(controls.expertweaver, routers.gate_mean, True, "ExpertWeaver: gate profiles of samples"),
-    "llama_moe_v2": Method(controls.llama_moe_v2, routers.token_centres, True, "LLaMA-MoE v2: saliency by tokens"),
-    "flap_static": Method(controls.flap_static, routers.static, False, "FLAP: Var(h)·‖W_down‖², best first, static"),
+    "sp_no_gradient": Method(by_features("sp_no_gradient", _LIKE), analytic.ridge, True, "the same without gradients"),
+    "random": Method(controls.random, analytic.gate_mean, True, "shuffle and cut"),
+    "weight_kmeans": Method(controls.weight_kmeans, analytic.gate_mean, True, "MoEfication: similar gate rows"),
+    "coactivation": Method(controls.coactivation, analytic.gate_mean, True, "MoEfication: neurons that fire together"),
+    "wanda": Method(controls.wanda, analytic.static, False, "by ‖h‖·‖W_down‖, best first, static"),
+    "cmoe": Method(controls.cmoe, analytic.representative, False, "CMoE: activation rates, representative neurons"),
+    "expertweaver": Method(controls.expertweaver, analytic.gate_mean, True, "ExpertWeaver: gate profiles of samples"),
+    "llama_moe_v2": Method(controls.llama_moe_v2, analytic.token_centres, True, "LLaMA-MoE v2: saliency by tokens"),
+    "flap_static": Method(controls.flap_static, analytic.static, False, "FLAP: Var(h)·‖W_down‖², best first, static"),
 }
 
 
@@ -166,8 +166,8 @@ def divide(
             found = method.split(layer, shape, seed)
             index = Partition.of(name, [found], [shape.experts]).experts[0]
             labels[name, seed].append(found)
-            both: set[Router] = {routers.ridge, method.router}
-            for router in sorted(both, key=lambda each: each is not routers.ridge):
+            both: set[Router] = {analytic.ridge, method.router}
+            for router in sorted(both, key=lambda each: each is not analytic.ridge):
                 scores[name, seed].setdefault(router.__name__, []).append(router(layer, index, seed))
     if progress:
         progress(len(evidence) * len(runs), len(evidence) * len(runs), "")

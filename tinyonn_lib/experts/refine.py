@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tinyonn_lib.experts import routers
+from tinyonn_lib.experts import analytic
 from tinyonn_lib.experts.balanced import assign_balanced
 from tinyonn_lib.experts.evidence import LayerEvidence
 from tinyonn_lib.experts.partition import Partition
@@ -67,7 +67,7 @@ def refine(
         value = layer.h.float().square() * layer.contribution.square()
         best = -1.0
         for number in range(rounds + 1):
-            on = top_mask(routers.ridge(layer, index, seed)(layer.x), k)
+            on = top_mask(analytic.ridge(layer, index, seed)(layer.x), k)
             share = float((on * value[:, index].sum(-1)).sum() + value[:, always].sum()) / float(value.sum())
             rows.append((layer.layer, number, share))
             if share > best:

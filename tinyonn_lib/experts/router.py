@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts import routers
+from tinyonn_lib.experts import analytic
 from tinyonn_lib.experts.evidence import LayerEvidence
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.routing import GATES
 
-INITS: dict[str, routers.Router] = {
-    "random": routers.random,
-    "centroid": routers.gate_mean,
-    "analytic": routers.ridge,
-    "cmoe": routers.representative_gate,
+INITS: dict[str, analytic.Router] = {
+    "random": analytic.random,
+    "centroid": analytic.gate_mean,
+    "analytic": analytic.ridge,
+    "cmoe": analytic.representative_gate,
 }
 """How a router may begin: as the document has it, ExpertWeaver's mean gate rows, ridge regression in closed form, and
 the gate rows of CMoE's representative neurons."""
@@ -41,7 +41,7 @@ class Router(nn.Module):
         gates: key of `routing.GATES`.
     """
 
-    def __init__(self, start: routers.Linear, x: Tensor, gates: str, gain: float = GAIN) -> None:
+    def __init__(self, start: analytic.Linear, x: Tensor, gates: str, gain: float = GAIN) -> None:
         """
         Args:
             start: what to begin with; what all its experts have in common changes no choice and is taken out.
@@ -113,7 +113,7 @@ def build(
     made = []
     for layer, index in zip(evidence, partition.experts, strict=True):
         start = INITS[init](layer, index, seed)
-        assert isinstance(start, routers.Linear)
+        assert isinstance(start, analytic.Linear)
         made.append(Router(start, layer.x, gates))
     return nn.ModuleList(made).to(device)
 

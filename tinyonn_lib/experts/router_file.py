@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.experts.routers import Linear
+from tinyonn_lib.experts.analytic import Linear
 from tinyonn_lib.experts.weights import open_file
 
 EPSILON = 1e-5
@@ -38,7 +38,7 @@ def unit_gates(scores: Sequence[Any], epsilon: float = EPSILON) -> tuple[list[Te
     choice sharper, a smaller one the gates more exact.
 
     Args:
-        scores: per layer a `routers.Linear`.
+        scores: per layer a `analytic.Linear`.
         epsilon: spread of the logits.
 
     Returns:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts import training
+from tinyonn_lib.experts.analytic import Linear
 from tinyonn_lib.experts.partition import Partition
 from tinyonn_lib.experts.router import Router
-from tinyonn_lib.experts.routers import Linear
 from tinyonn_lib.experts.student import Pruned, Routed
 from tinyonn_lib.experts.training import Recipe, Trained
 from tinyonn_lib.lm import models, worker

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from tinyonn_lib import evaluate
+from tinyonn_lib.experts.analytic import Linear
 from tinyonn_lib.experts.judge import ORACLE, Judge, Losses, mean
 from tinyonn_lib.experts.methods import Divided
-from tinyonn_lib.experts.routers import Linear
 from tinyonn_lib.progress import Progress
 
 
