@@ -280,7 +280,7 @@ def forwards(tiny: Tiny, action: Callable[[], object], kill_at: int | None = Non
 def test_a_killed_comparison_goes_on_and_gives_the_same_numbers(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "default_shards", lambda device: 1)  # else the forwards depend on the cores
+    monkeypatch.setattr(evaluate.losses, "default_shards", lambda device: 1)  # else the forwards depend on the cores
     whole: list[pd.DataFrame] = []
     runs = forwards(tiny, lambda: whole.append(court(tiny, shards=1)))
     # In the middle of the gradient, of the first seed and of the second: samples and steps that need no second run.

@@ -1,4 +1,4 @@
-"""Judging: loss on held-out text, and paired comparison with an interval."""
+"""Loss on held-out text, and paired comparison with an interval."""
 
 from __future__ import annotations
 
