@@ -38,6 +38,10 @@ def overrides(texts: Path) -> list[str]:
         "experts": "experts=4 eval_tokens=1000 other_tokens=300 tokens=600 length=48 seeds=2 pool=6 pool_size=8 "
         "project_steps=4",
         "router": "warm_tokens=1500 tokens=3000 batch=4 length=32 fit_tokens=600 eval_tokens=1000 speed_seconds=0.2",
+        "selector": "rows=120 batch=8 judge_rows=40 trash_expert_ratio=0.25",
+        "select": "pool_packages=networkx pool_rows=160 compare_rows=64 trash_expert_ratio=0.25",
+        "target": "tokens=1500 seeds=2 batch=4 length=32 eval_tokens=600",
+        "evaluate": "documents=12 questions=8",
     }
     found = [f"{phase}.{item}" for phase, items in values.items() for item in items.split()]
     return [*found, f"pretrain.prompts='The|{HOSTILE}'"]

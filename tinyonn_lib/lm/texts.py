@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.lm import hub
+from tinyonn_lib.lm.files import Record, Unreadable, records
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-_ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
-_CHAT_COLUMNS = ("messages", "conversations")
-
-Row = tuple[Any, str]  # a record or a plain text, and where it stands
+CHAT_COLUMNS = ("messages", "conversations")
 
 
 def load_texts(source: str, limit: int | None = None, column: str = "text") -> pd.DataFrame:
@@ -43,10 +38,7 @@ def load_texts(source: str, limit: int | None = None, column: str = "text") -> p
     """
     if limit is not None and limit < 1:
         raise BenchError(f"limit is {limit}: give at least 1, or null for all texts.")
-    path = hub.local_path(source, "dataset")
-    rows = _hub_rows(source) if path is None else _local_rows(path)
-    # JSON can hold half a surrogate pair, which no tokenizer takes.
-    texts = ((_text(record, column, where).encode("utf-8", "replace").decode(), where) for record, where in rows)
+    texts = ((encodable(_text(record, column)), record.where) for record in records(source))
     filled = ((text, where) for text, where in texts if text.strip())
     table = pd.DataFrame(list(itertools.islice(filled, limit)), columns=["text", "source"])
     if table.empty:
@@ -54,137 +46,41 @@ def load_texts(source: str, limit: int | None = None, column: str = "text") -> p
     return table
 
 
-def _local_rows(path: Path) -> Iterator[Row]:
-    if path.is_file():
-        yield from _file_rows(path, path.name)
-        return
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS and p.is_file())
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    if not files:
-        raise BenchError(f"The folder {path} holds no {', '.join(_ENDINGS)} file.")
-    for file in files:
-        yield from _file_rows(file, file.relative_to(path).as_posix())
-
-
-def _file_rows(path: Path, name: str) -> Iterator[Row]:
-    suffix = path.suffix.lower()
-    if suffix not in _ENDINGS:
-        raise BenchError(f"{name}: files must end in one of {', '.join(_ENDINGS)}.")
-    if path.stat().st_size == 0:
-        raise BenchError(f"{name} is empty.")
-    try:
-        if suffix == ".parquet":
-            yield from _parquet_rows(path, name)
-        elif suffix == ".jsonl":
-            yield from _jsonl_rows(path, name)
-        elif suffix == ".json":
-            yield from _json_rows(path, name)
-        else:
-            yield from _paragraphs(path, name)
-    except UnicodeDecodeError as error:
-        raise BenchError(f"{name} is not UTF-8 ({error.reason} near byte {error.start}): convert it first.") from error
-    except PermissionError as error:
-        raise BenchError(f"{name} may not be read: check its permissions.") from error
-    except RecursionError as error:
-        raise BenchError(f"{name} holds JSON nested too deep to be records of text.") from error
-
-
-def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
-    # Read in bytes and decoded line by line, so that an encoding error has a line number, too.
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if line:
-                    yield json.loads(line), f"{name}:{number}"
-            except UnicodeDecodeError as error:
-                raise BenchError(f"{name} line {number} is not UTF-8: convert the file first.") from error
-            except json.JSONDecodeError as error:
-                raise BenchError(
-                    f"{name} line {number} is not valid JSON ({error.msg}): is the file cut off? Repair or remove it."
-                ) from error
-
-
-def _json_rows(path: Path, name: str) -> Iterator[Row]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one record per line under the wrong name is common
-            yield from _jsonl_rows(path, name)
-            return
-        raise BenchError(f"{name} line {error.lineno} is not valid JSON ({error.msg}): is the file cut off?") from error
-    if isinstance(content, dict):
-        content = next((value for value in content.values() if isinstance(value, list)), [content])
-    if not isinstance(content, list):
-        raise BenchError(f"{name} must hold a list of records.")
-    yield from ((record, f"{name}:{number}") for number, record in enumerate(content, start=1))
-
-
-def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as table:
-            number = itertools.count(1)
-            for batch in table.iter_batches(batch_size=1024):
-                yield from ((record, f"{name}:{next(number)}") for record in batch.to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        raise BenchError(f"{name} is not a complete parquet file (cut off?): copy or download it again.") from error
-
-
-def _paragraphs(path: Path, name: str) -> Iterator[Row]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    for blank, group in itertools.groupby(enumerate(lines, start=1), key=lambda pair: not pair[1].strip()):
-        if not blank:
-            block = list(group)
-            yield "\n".join(line for _, line in block), f"{name}:{block[0][0]}"
-
-
-def _hub_rows(source: str) -> Iterator[Row]:
-    hub_id, *rest = source.split(":")
-    if len(rest) > 2:
-        raise BenchError(
-            f"'{source}': a hub data set is given as owner/name, owner/name:split or owner/name:config:split."
-        )
-    hub.require_hub(hub_id, "dataset")
-    try:
-        import datasets
-    except ImportError:
-        raise BenchError(f"Reading {hub_id} from the hub needs the extra 'hub': pip install 'tinyonn[hub]'.") from None
-
-    config = rest[0] if len(rest) == 2 else None
-    try:
-        known = datasets.get_dataset_split_names(hub_id, config)
-        wanted = rest[-1] if rest else next((s for s in known if s.startswith("train")), known[0])
-        if wanted not in known:
-            raise BenchError(f"{hub_id} has no split '{wanted}': it has {', '.join(known)}.")
-        for number, record in enumerate(datasets.load_dataset(hub_id, config, split=wanted, streaming=True), start=1):
-            yield record, f"{source}:{number}"
-    except BenchError:
-        raise
-    except Exception as error:  # datasets raises many kinds; for a user they are one
-        raise BenchError(f"Cannot read the data set {source}: {(str(error).splitlines() or ['?'])[0][:200]}") from error
-
-
-def _text(record: Any, column: str, where: str) -> str:
+def _text(record: Record, column: str) -> str:
     """The text of one record; chats are joined."""
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        raise BenchError(f"{where} is not a record with named fields but {type(record).__name__}.")
-    field = column if column in record else next((name for name in _CHAT_COLUMNS if name in record), None)
+    value, where = record.value, record.where
+    if isinstance(value, Unreadable):
+        raise BenchError(value.message)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise BenchError(f"{where} is not a record with named fields but {type(value).__name__}.")
+    field = column if column in value else next((name for name in CHAT_COLUMNS if name in value), None)
     if field is None:
-        raise BenchError(f"{where} has no column '{column}': it has {', '.join(map(str, record)) or 'none'}.")
-    value = record[field]
-    if value is None:
+        raise BenchError(f"{where} has no column '{column}': it has {', '.join(map(str, value)) or 'none'}.")
+    said = value[field]
+    if said is None:
         return ""
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        turns = ((t.get("role", t.get("from", "")), t.get("content", t.get("value", ""))) for t in value)
-        return "\n\n".join(f"{role}: {said}" if role else str(said) for role, said in turns)
-    if not isinstance(value, str):
-        raise BenchError(f"{where}: column '{field}' holds {type(value).__name__}, not text; name another column.")
-    return value
+    if isinstance(said, list) and all(isinstance(turn, dict) for turn in said):
+        return join_turns([turn_of(turn) for turn in said])
+    if not isinstance(said, str):
+        raise BenchError(f"{where}: column '{field}' holds {type(said).__name__}, not text; name another column.")
+    return said
+
+
+def turn_of(turn: dict[str, Any]) -> tuple[Any, Any]:
+    """Who speaks in one turn of a chat, and what; in either of the two usual spellings."""
+    return turn.get("role", turn.get("from", "")), turn.get("content", turn.get("value", ""))
+
+
+def join_turns(turns: Iterable[tuple[Any, Any]]) -> str:
+    """A chat as one text."""
+    return "\n\n".join(f"{role}: {said}" if role else str(said) for role, said in turns)
+
+
+def encodable(text: str) -> str:
+    """JSON can hold half a surrogate pair, which no tokenizer takes and no file: a ? in its place."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def encode(

@@ -26,6 +26,8 @@ from tinyonn_lib.plots.neurons import (
 )
 from tinyonn_lib.plots.routing import specialisation, throughput, usage_over_time
 from tinyonn_lib.plots.scan import activation_gradient, delta_sc, distributions, module_heat
+from tinyonn_lib.plots.selection import auroc, kept, score_correlations, score_distributions, selection_overlap
+from tinyonn_lib.plots.target import benchmarks, target_loss, warmup
 from tinyonn_lib.plots.training import bits_per_byte, corpus_sizes, loss_curves, refinement
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "SEQUENTIAL",
     "TABLE_ROWS",
     "activation_gradient",
+    "auroc",
+    "benchmarks",
     "bits_per_byte",
     "corpus_sizes",
     "correlations",
@@ -49,6 +53,7 @@ __all__ = [
     "expert_means",
     "explorer_map",
     "intervals",
+    "kept",
     "loss_curves",
     "module_heat",
     "neuron_map",
@@ -58,9 +63,14 @@ __all__ = [
     "ranking",
     "refinement",
     "score_colours",
+    "score_correlations",
+    "score_distributions",
+    "selection_overlap",
     "specialisation",
     "stratified",
+    "target_loss",
     "throughput",
     "trial",
     "usage_over_time",
+    "warmup",
 ]

@@ -77,5 +77,25 @@ PHASES: dict[str, Phase] = {
         Phase("cluster", 3, "Which neurons belong together?", ("scan",), schemas.Cluster),
         Phase("experts", 4, "Do the experts still add up to the model?", ("scan", "cluster"), schemas.Experts),
         Phase("router", 5, "Does a trained router earn its keep?", ("scan", "experts"), schemas.Router),
+        Phase(
+            "selector",
+            6,
+            "Can a router tell text from trash?",
+            ("pretrain", "router"),
+            schemas.Selector,
+            instead={"pretrain": ("texts",), "router": ("model",)},
+        ),
+        Phase(
+            "select", 7, "Which rows would it keep?", ("selector",), schemas.Select, instead={"selector": ("selector",)}
+        ),
+        Phase(
+            "target",
+            8,
+            "Does a model learn more from them?",
+            ("pretrain", "select"),
+            schemas.Target,
+            instead={"pretrain": ("model",)},
+        ),
+        Phase("evaluate", 9, "What did the choice of data change?", ("target",), schemas.Evaluate),
     )
 }

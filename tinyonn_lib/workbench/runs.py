@@ -31,12 +31,13 @@ from tinyonn_lib.workbench.schemas import Params
 MANIFEST = "manifest.json"
 PENDING = ".manifest.json"
 FAILED = "failed.ipynb"
+LOG = ".tensorboard"
 NOT_OUTPUTS = {MANIFEST, FAILED, "notebook.ipynb", "report.html"}
 WHOLE_HASH = 64_000_000  # bytes: larger files of the user are told apart by size and time
 # Parameters that say where and in what steps a phase works, not what it computes: a change of these keeps the result.
 PLACE = ("run", "base", "redis_url", "flush_seconds", "checkpoint_seconds", "workers")
 # Parameters that may name a file or folder of the user's.
-PATHS = ("texts", "model", "other_texts", "choice")
+PATHS = ("texts", "model", "other_texts", "choice", "selector", "heldout_texts", "mmlu")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "umap-learn", "plotly")
 
 State = Literal["done", "stale", "unfinished", "not run"]
@@ -205,12 +206,14 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    @property
+    def log(self) -> Path:
+        """A folder for tensorboard. It is no artefact: it holds times, and it outlives a kill."""
+        return self.folder / LOG
+
     def input(self, phase: str, name: str) -> Path:
         """An artefact of an earlier phase, file or folder, its hash checked against that phase's manifest."""
-        hit = find(phase, self.params.run, self.params.base)
-        if hit is None or phase not in self.phase.upstream():
-            raise BenchError(f"{self.phase.name} cannot read {phase}: not one of its inputs, or not finished.")
-        folder, manifest = hit
+        folder, manifest = self._earlier(phase)
         files = {f: e for f, e in manifest["outputs"].items() if f == name or f.startswith(name + "/")}
         if not files:
             left = ", ".join(sorted({file.partition("/")[0] for file in manifest["outputs"]} - {"report.html"}))
@@ -221,6 +224,20 @@ class Run:
                     f"{phase}/{file} is not what {phase} wrote (missing or damaged): run `tinyonn {phase}` again."
                 )
         return folder / name
+
+    def _earlier(self, phase: str) -> tuple[Path, dict[str, Any]]:
+        hit = find(phase, self.params.run, self.params.base)
+        if hit is None or phase not in self.phase.upstream():
+            raise BenchError(f"{self.phase.name} cannot read {phase}: not one of its inputs, or not finished.")
+        return hit
+
+    def asked(self, phase: str) -> dict[str, Any]:
+        """The parameters that an earlier phase ran with."""
+        return dict(self._earlier(phase)[1]["params"])
+
+    def has(self, phase: str, name: str) -> bool:
+        """Whether an earlier phase left such an artefact: some are made only where there is something to say."""
+        return name in self._earlier(phase)[1]["outputs"]
 
     def table(self, phase: str, name: str) -> Any:
         """A parquet artefact of an earlier phase as a pandas frame."""
@@ -248,7 +265,7 @@ class Run:
         self.writing = True
         # In batch the notebook in the folder is the one that runs now; by hand it would be that of another run.
         batch = os.environ.get("TINYONN_BATCH") == self.phase.name
-        keep = {".resume", ".lock", ".before"} | ({"notebook.ipynb"} if batch else set())
+        keep = {".resume", ".lock", ".before", LOG} | ({"notebook.ipynb"} if batch else set())
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name not in keep:

@@ -224,6 +224,7 @@ class Select(Params):
     trash: Literal["last", "calibrated"]
     trash_expert_ratio: Fraction
     selection_percentage: Annotated[float, Field(gt=0, le=1)]
+    against: str
     unique: Annotated[float, Field(ge=0, le=1)]
     length: Annotated[int, Field(ge=0)]
     batch_tokens: Count
@@ -236,8 +237,7 @@ class Target(Params):
     device: str
     dtype: Literal["float32", "bfloat16", "nf4"]
     model: str
-    heldout: str
-    against: str
+    heldout_texts: str
     tokens: Count
     seeds: Annotated[int, Field(ge=1)]
     r: Count

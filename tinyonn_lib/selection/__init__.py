@@ -1,0 +1,1 @@
+"""Choosing training data by the routers of a mixture of experts: scores, selections, what they are worth."""
