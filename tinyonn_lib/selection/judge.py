@@ -62,7 +62,7 @@ def auroc(
     weights = Weights(groups, draws, seed)
     found = []
     for name in names:
-        kinds, values, counts = _aurocs(table, [quality(table, name)], weights)
+        kinds, values, counts = aurocs_by_draw(table, [quality(table, name)], weights)
         found.append(intervals(values[0], weights, "auroc").assign(score=name, corruption=kinds, n=counts))
     return pd.concat(found, ignore_index=True)[["score", "corruption", "auroc", "low", "high", "n"]]
 
@@ -76,7 +76,7 @@ def auroc_difference(
         `one, other, corruption, difference, low, high, n`; otherwise as `auroc`.
     """
     weights = Weights(groups, draws, seed)
-    kinds, values, counts = _aurocs(table, [quality(table, one), quality(table, other)], weights)
+    kinds, values, counts = aurocs_by_draw(table, [quality(table, one), quality(table, other)], weights)
     found = intervals(values[0] - values[1], weights, "difference").assign(corruption=kinds, n=counts)
     return found.assign(one=one, other=other)[["one", "other", "corruption", "difference", "low", "high", "n"]]
 
@@ -214,8 +214,13 @@ def _part(shared: float, union: float) -> float:
     return shared / union if union else np.nan
 
 
-def _aurocs(table: pd.DataFrame, scores: Sequence[Array], weights: Weights) -> tuple[list[str], list[Array], list[int]]:
-    """Kinds of corruption and at last their mean, AUROCs of every score `(1 + draws, kinds)`, rows compared of each."""
+def aurocs_by_draw(
+    table: pd.DataFrame, scores: Sequence[Array], weights: Weights
+) -> tuple[list[str], list[Array], list[int]]:
+    """Kinds of corruption and at last their mean, AUROCs of every score `(1 + draws, kinds)`, rows compared of each.
+
+    Tables whose rows have the same groups in the same order share their draws: what is averaged over them is paired.
+    """
     corruption = table["corruption"].to_numpy()
     known = ~np.isnan(np.stack(scores)).any(0)
     clean, bad = known & (corruption == ""), known & (corruption != "")

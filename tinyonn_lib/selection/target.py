@@ -84,6 +84,7 @@ def train(
         from tinyonn_lib.selection.target_worker import together
 
         adapted, history = together(model, blocks, dtype, device, processes, strategy, **options)
+        adapted.peft_config["default"].base_model_name_or_path = name or model
     else:
         loaded = load_model(model, dtype, device) if isinstance(model, str) else model
         name = name or (model if isinstance(model, str) else "")
