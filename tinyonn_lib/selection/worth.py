@@ -130,7 +130,8 @@ def compared_metrics(found: pd.DataFrame) -> dict[str, float]:
 def compared_headline(found: pd.DataFrame) -> tuple[str, str]:
     """For the report's index."""
     row = found.iloc[0]
-    return f"{row['task']}, {row['metric']}, tuned minus base ({row['verdict']})", f"{row['difference']:+.3f}"
+    name = row["task"] if row["task"] == row["metric"] else f"{row['task']}, {row['metric']}"
+    return f"{name.replace('_', ' ')}, tuned minus base ({row['verdict']})", f"{row['difference']:+.3f}"
 
 
 def whole(known: pd.DataFrame | None, follows: pd.DataFrame, found: pd.DataFrame) -> str:

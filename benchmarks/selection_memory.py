@@ -123,4 +123,4 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, "select_memory", measure))
+    sys.exit(main(__doc__, "selection_memory", measure))
