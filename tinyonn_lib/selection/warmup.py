@@ -113,12 +113,14 @@ def warm_up(
     model.requires_grad_(False)
     for weight in params:
         weight.requires_grad_(True)
-    groups = [{"params": [weight], "lr": recipe.lr * max(_rms(weight), 1e-8)} for weight in params]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    peaks = [recipe.lr * max(_rms(weight), 1e-8) for weight in params]
+    optimizer = torch.optim.AdamW([{"params": [weight]} for weight in params], weight_decay=0.0)
     device = layers[0].weight.device
     with Watch(model.base_model if recipe.loss == "contrastive" else model) as watch:
         loss = _contrast(watch, layers, trash, units) if recipe.loss == "contrastive" else _language(model)
         for epoch in range(recipe.epochs):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak  # `fit` leaves the rate of its last step
 
             def told(done: int, of_all: int, note: str, before: int = epoch * steps) -> None:
                 if progress is not None:
@@ -180,6 +182,13 @@ def cold(model: Any, tokenizer: Any, passages: pd.DataFrame) -> Selector:
         passages: column `text`; the first ones tell the spread of the logits.
     """
     start = of(model, tokenizer)
+    for layer in start.layers:
+        never = (layer.weight == 0).all(1)
+        if never.any() and not never.all():
+            raise BenchError(
+                f"The router {layer.name} has {int(never.sum())} rows of zeros, experts that only fill a layer up: "
+                "scores would count them. Export with as many experts in each layer (04_experts shared_scope=fixed)."
+            )
     ids, mask = padded(
         tokenizer(passages["text"].head(32).tolist(), add_special_tokens=False)["input_ids"], start_token(tokenizer)
     )
