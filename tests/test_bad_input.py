@@ -44,23 +44,45 @@ def bad(phase: str, *arguments: object, says: tuple[str, ...], **environment: st
     return Case(phase, tuple(map(str, arguments)), says, environment)
 
 
+def cells(phase: str, overrides: list[str]) -> None:
+    """A phase's notebook, cell by cell in this process: what the command does, without its kernel."""
+    notebook = load_notebook_node(str(PHASES[phase].notebook))
+    notebook = parameterize_notebook(notebook, params.compose(PHASES[phase], overrides), kernel_name="python3")
+    namespace: dict[str, Any] = {"In": []}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            namespace["In"].append(cell.source)
+            exec(cell.source, namespace)
+
+
+def mixture(home: Path) -> Path:
+    """A mixture of experts that is nobody's work, with the tokenizer of `pretrain`: spares the phases that make one."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    made = load.load_tokenizer(str(home / "runs/default/pretrain/model"))
+    shape = OlmoeConfig(
+        vocab_size=len(made), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
+        bos_token_id=made.bos_token_id, eos_token_id=made.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    OlmoeForCausalLM(shape).save_pretrained(home / "moe")
+    made.save_pretrained(home / "moe")
+    return home / "moe"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Pretrain, scan and cluster finished in run `default`: their notebooks' cells, run here to spare three kernels."""
+    """Run `default`, finished but for experts and router: their notebooks' cells, run here to spare seven kernels."""
     folder = tmp_path_factory.mktemp("bad")
     overrides = tiny.overrides(tiny.write_texts(folder / "texts.jsonl"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYONN_HOME", str(folder))
+        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("TINYONN_BATCH", raising=False)
-        for name in ("pretrain", "scan", "cluster"):
+        for name in ("pretrain", "scan", "cluster", "selector", "select", "target", "evaluate"):
             own = [o.removeprefix(f"{name}.") for o in overrides if o.startswith(f"{name}.")]
-            notebook = load_notebook_node(str(PHASES[name].notebook))
-            notebook = parameterize_notebook(notebook, params.compose(PHASES[name], own), kernel_name="python3")
-            namespace: dict[str, Any] = {"In": []}
-            for cell in notebook.cells:
-                if cell.cell_type == "code":
-                    namespace["In"].append(cell.source)
-                    exec(cell.source, namespace)
+            cells(name, [*own, f"model={mixture(folder)}"] if name == "selector" else own)
         yield folder
 
 
@@ -99,6 +121,12 @@ def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
         (["scan", "redis_url=redis://:hunter2@host/0"], ["scan.redis_url = …", "TINYONN_REDIS_PASSWORD"]),
         (["scan", "profile=none_such"], ["no profile 'none_such'", "Known: "]),
         (["router", "-m", "lr=0.1,none"], ["router.lr = 'none'", "valid number"]),
+        (["selector", "corruptions='byte_noise nonsense'"], ["nonsense", "boilerplate", "wrong_answer"]),
+        (["select", "score=nonsense"], ["select.score = 'nonsense'", "'log_mass'"]),
+        (["select", "against='random nonsense'"], ["against", "'nonsense'", "perplexity"]),
+        (["all", "select.selection_percentage=20"], ["select.selection_percentage = 20", "less than or equal to 1"]),
+        (["target", "strategy=zero9"], ["target.strategy = 'zero9'", "'zero3'"]),
+        (["target", "dtype=nf4", "processes=2"], ["4-bit base trains in one process", "processes=1"]),
     ],
 )  # fmt: skip
 def test_parameters_are_refused_before_anything_starts(tmp_path: Path, arguments: list[str], says: list[str]) -> None:
@@ -237,6 +265,11 @@ def test_each_gives_one_clear_line(
         "magic": bad("experts", "methods='sp magic'", says=("no partition method 'magic'", "expertweaver")),
         "pool": bad("experts", "experts=4", "methods=sp", "pool=100", says=("100 experts of 8", "there are 128")),
         "choice": bad("cluster", f"choice={tmp_path}/cut.jsonl", says=("not a table of layer and neuron",)),
+        "dense": bad(
+            "selector", f"model={home}/runs/default/pretrain/model", says=("no router", "02_scan to 05_router", "OLMoE")
+        ),
+        "no_selector": bad("select", f"selector={tmp_path}/gpt2", says=("gpt2 holds no selector.json", "epoch_1")),
+        "mmlu": bad("evaluate", "tasks=mmlu", says=("cannot be reached", "--repo-type dataset cais/mmlu"), **unreachable),
     }
 
     def run(name: str) -> subprocess.CompletedProcess[str]:
@@ -255,6 +288,63 @@ def test_each_gives_one_clear_line(
             assert not list(folder.glob("*manifest.json*"))
     assert fingerprints(home) == before
     assert taken.read_text() == "precious"
+
+
+CHOOSING = {  # name → (phase, arguments, what its line says); {} is the home, {t} a folder with bad files
+    "missing model": ("selector", ["model=/no/such"], "No such file or folder: /no/such"),
+    "hub model": ("selector", ["model=owner/name"], "hf download owner/name"),
+    "one expert too few": ("selector", ["model={}/moe", "trash_expert_ratio=0.125"], "between 0.25 and 0.75"),
+    "long passages": ("selector", ["model={}/moe", "length=32"], "choose 1 to 31, or 0"),
+    "large step": ("selector", ["model={}/moe", "batch=1000"], "120 passages are too few .* batch=1000"),
+    "bad texts": ("selector", ["model={}/moe", "texts={t}/bad.jsonl"], "bad.jsonl holds no text"),
+    "no texts": ("selector", ["model={}/moe", "texts={t}/none.jsonl"], "No such file or folder: .*none.jsonl"),
+    "epoch": ("select", ["epoch=9"], "epoch=9: 06_selector left epoch_1, epoch_2"),
+    "no rows": ("select", ["texts={t}/none.jsonl"], "No such file or folder: .*none.jsonl"),
+    "empty": ("select", ["texts={t}/empty.jsonl"], "No row .* could be scored .1 x empty file."),
+    "bad rows": ("select", ["texts={t}/bad.jsonl"], "1 x broken UTF-8, 1 x empty, 1 x not JSON, 1 x not text"),
+    "column": ("select", ["texts={}/texts.jsonl", "column=body"], "600 x not text.: check the column"),
+    "hub rows": ("select", ["texts=owner/data"], "hf download --repo-type dataset owner/data"),
+    "no prompts": ("select", ["score=ifd"], "'ifd' is not a number for any row .ifd needs prompts."),
+    "package": ("select", ["pool_packages='networkx no_such_package'"], "Package 'no_such_package' is not installed"),
+    "ratio": ("select", ["trash_expert_ratio=0.1"], "0.1 of 4 experts .*: choose between 0.25 and 0.75"),
+    "long rows": ("select", ["length=32"], "choose 1 to 31, or 0"),
+    "targets": ("target", ["targets='q_proj nonsense'"], "'nonsense' is no linear layer of this model: choose from .*q_proj"),
+    "context": ("target", ["length=64"], "Blocks of 64 tokens exceed the model's 32"),
+    "base": ("target", ["model={t}"], "holds no config.json"),
+    "hub base": ("target", ["model=owner/name"], "hf download owner/name"),
+    "held out": ("target", ["heldout_texts={t}/none.jsonl"], "No such file or folder: .*none.jsonl"),
+    "rows in a batch": ("target", ["processes=3"], "multiple of 3"),
+    "narrow": ("target", ["dtype=nf4"], "NF4 needs widths that are multiples of 64"),
+    "task": ("evaluate", ["tasks=nonsense"], "'nonsense' .* Offline there are bits_per_byte, cloze, and mmlu"),
+    "no task": ("evaluate", ["tasks="], "No task to evaluate: name at least one"),
+    "mmlu folder": ("evaluate", ["tasks=mmlu", "mmlu=/no/such"], "No folder /no/such: give MMLU's folder"),
+    "mmlu files": ("evaluate", ["tasks=mmlu", "mmlu={t}"], r"holds no test/\*_test.csv"),
+    "examples": ("evaluate", ["tasks='bits_per_byte mmlu'"], "cais/mmlu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_choosing_data_gives_one_clear_line(home: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": ""}\n{"text": 3}\n{"text": "\xff\xfe"}\n{nope}\n')
+    phase, arguments, says = CHOOSING[name]
+    sizes = [o.removeprefix(f"{phase}.") for o in tiny.overrides(home / "texts.jsonl") if o.startswith(f"{phase}.")]
+    given = [argument.replace("{}", str(home)).replace("{t}", str(tmp_path)) for argument in arguments]
+    run, before = name.replace(" ", "_"), fingerprints(home)
+    with pytest.raises(BenchError, match=says) as error:
+        cells(phase, [*sizes, f"run={run}", "base=default", *given])
+    assert "\n" not in str(error.value)
+    assert fingerprints(home) == before
+    assert not (home / "runs" / run / phase / "manifest.json").exists()
+
+
+def test_a_mistake_before_the_work_leaves_the_result_that_stands(home: Path) -> None:
+    before = fingerprints(home)
+    for phase, mistake in (("select", "epoch=9"), ("target", "targets=nonsense"), ("selector", "model=/no/such")):
+        sizes = [o.removeprefix(f"{phase}.") for o in tiny.overrides(home / "texts.jsonl") if o.startswith(f"{phase}.")]
+        with pytest.raises(BenchError):
+            cells(phase, [*sizes, mistake])
+        assert fingerprints(home) == before
 
 
 @pytest.mark.parametrize(

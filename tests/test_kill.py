@@ -20,7 +20,9 @@ from . import tiny
 LONGER = (
     "pretrain.calibration=0.4 pretrain.tokens=64000 pretrain.checkpoint_seconds=0.2 "
     "scan.tokens=28000 scan.length=24 scan.flush_seconds=0.1 "
-    "router.tokens=24000 router.warm_tokens=0 router.checkpoint_seconds=0.2"
+    "router.tokens=24000 router.warm_tokens=0 router.checkpoint_seconds=0.2 "
+    "selector.rows=2400 selector.checkpoint_seconds=0.2 select.pool_rows=4000 select.batch_tokens=64 "
+    "target.tokens=12000 target.checkpoint_seconds=0.1"
 )
 
 
@@ -66,8 +68,15 @@ AMIDST: dict[str, Callable[[Path], bool]] = {
     "cluster": lambda folder: cells_done(folder, 4),  # of ten; the map comes later
     "experts": lambda folder: (folder / "checkpoint/model.safetensors").exists(),  # exported, not yet proven
     "router": lambda folder: any(folder.glob(".resume/*/trained_router.pt")),
+    "selector": lambda folder: any(folder.glob(".resume/*/warm_0_1.pt")),
+    "select": lambda folder: any(folder.glob(".resume/*/chunks/*/0*.parquet")),  # the first of four
+    "target": lambda folder: any(folder.glob(".resume/*/contest/*.npz")),  # the first of ten trainings
+    "evaluate": lambda folder: (folder / "tasks/cloze.jsonl").exists(),
 }
-RESUMED = {"pretrain": "model: .* steps", "scan": "scan: .* samples", "router": "trained router: .* steps"}
+RESUMED = {
+    "pretrain": "model: .* steps", "scan": "scan: .* samples", "router": "trained router: .* steps",
+    "selector": "warm-up, seed 0: .* steps",
+}  # fmt: skip
 
 
 def kill_amidst(home: Path, phase: str, running: subprocess.Popen[bytes], patience: float = 120) -> None:
@@ -92,7 +101,7 @@ def results(home: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(tmp_path: Path) -> None:
     texts = tiny.write_texts(tmp_path / "texts.jsonl", 1500)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken, last = tmp_path / "whole", tmp_path / "broken", list(PHASES)[-1]
     reference = begin(whole, texts, "all")
     running = begin(broken, texts, "until pretrain")
     try:
@@ -102,7 +111,7 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(tmp_path: Path) 
             running = begin(broken, texts, f"after {phase}")  # at once, while the old kernel may still be there
             _, alive = psutil.wait_procs(left, timeout=30)
             assert not alive, f"outlived the kill in {phase}: {alive}"
-        assert running.wait(180) == 0, (broken / "after router.err").read_text()
+        assert running.wait(180) == 0, (broken / f"after {last}.err").read_text()
         assert reference.wait(180) == 0, (whole / "all.err").read_text()
     finally:
         for process in (running, reference):
@@ -115,7 +124,9 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(tmp_path: Path) 
         assert match, said
         done, total = (int(group.replace(",", "")) for group in match.groups())
         assert 0 < done < total, f"{phase} went on from {done} of {total}"
-    table = (broken / "after router.out").read_text()
+    trained = re.search(r"training: ([\d,]+) of \1 steps, going on", (broken / "after target.out").read_text())
+    assert trained, "the training before the contest was done already"
+    table = (broken / f"after {last}.out").read_text()
     assert re.findall(r"^(?:\w+) +(ran|up to date) ", table, re.M) == ["up to date"] * (len(PHASES) - 1) + ["ran"]
 
     expected, found = results(whole), results(broken)
@@ -125,6 +136,10 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(tmp_path: Path) 
     assert "model/model.safetensors" in found["pretrain"]["outputs"]
     assert "checkpoint/model.safetensors" in found["router"]["outputs"]
     assert "checkpoint/model.safetensors" in found["experts"]["outputs"]
+    assert {"epoch_2/selector.json", "seed_1/epoch_2/routers.safetensors"} <= set(found["selector"]["outputs"])
+    assert {"selected.parquet", "selected.jsonl", "against/full.parquet"} <= set(found["select"]["outputs"])
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(found["target"]["outputs"])
+    assert {"results.json", "samples.parquet"} <= set(found["evaluate"]["outputs"])
     _, alive = psutil.wait_procs(processes(tmp_path), timeout=15)
     assert not alive
     assert not list(broken.glob("runs/default/*/.resume/*")), "checkpoints of finished phases are removed"

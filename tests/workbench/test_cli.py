@@ -40,8 +40,10 @@ def test_overrides_find_their_phase() -> None:
 
 
 def test_own_model_and_texts_need_no_pretraining() -> None:
-    assert "pretrain" not in plan("all", "scan.model=a/b", "scan.texts=c/d")
-    assert "pretrain" in plan("all", "scan.model=a/b")
+    own = ["scan.model=a/b", "scan.texts=c/d", "selector.texts=c/d", "target.model=e/f"]
+    assert list(plan("all", *own)) == [name for name in PHASES if name != "pretrain"]
+    for place in range(len(own)):
+        assert "pretrain" in plan("all", *own[:place], *own[place + 1 :]), f"without {own[place]} a phase reads it"
 
 
 def test_a_run_keeps_what_was_chosen_for_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +71,8 @@ def test_sweep_names_are_folder_names_on_the_same_base() -> None:
     found = plan("scan", "texts=my data/a.jsonl", "tokens=7", sweep=True)["scan"]
     assert found["run"] == "default,texts=my-data-a.jsonl,tokens=7"
     assert found["base"] == "default"
+    long = [plan("scan", f"texts={'/folder' * 40}", f"tokens={tokens}", sweep=True)["scan"]["run"] for tokens in (7, 8)]
+    assert long[0] != long[1], "two jobs of a sweep never share a folder"
     assert plan("scan", "run='quoted'")["scan"]["run"] == "quoted"
 
 

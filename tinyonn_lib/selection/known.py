@@ -41,7 +41,7 @@ def draw(texts: pd.DataFrame, tokenizer: Any, count: int, length: int, seed: int
     Returns:
         Columns `text` and `source`.
     """
-    found = passages(texts, tokenizer, length, max(1, round(SHORTEST * length)))
+    found = passages(texts, tokenizer, length, max(1, round(SHORTEST * length))).drop_duplicates("text")
     return found.sample(min(count, len(found)), random_state=seed).reset_index(drop=True)
 
 
@@ -64,13 +64,15 @@ def halves(
     """
     if isinstance(source, pd.DataFrame):
         parts = dict(list(source.groupby("split")))
-        return (
-            draw(parts["calibration"], tokenizer, learn, length, seed),
-            draw(parts["heldout"], tokenizer, judge, length, seed),
+        ours, others = (
+            draw(parts[part], tokenizer, count, length, seed)
+            for part, count in (("calibration", learn), ("heldout", judge))
         )
+        return ours[~ours["text"].isin(others["text"])].reset_index(drop=True), others  # files share licences
     every = _read(source, tokenizer, learn + judge, length, seed)
-    judged = min(judge, len(every) // 4)
-    return every.iloc[judged:].reset_index(drop=True), every.iloc[:judged].reset_index(drop=True)
+    if not (judged := min(judge, len(every) // 4)):
+        raise BenchError(f"{source} has {len(every)} passage(s) of at most {length} tokens, too few: give more text.")
+    return every.iloc[judged : judged + learn].reset_index(drop=True), every.iloc[:judged].reset_index(drop=True)
 
 
 def _read(source: str, tokenizer: Any, count: int, length: int, seed: int) -> pd.DataFrame:
@@ -98,9 +100,13 @@ def _read(source: str, tokenizer: Any, count: int, length: int, seed: int) -> pd
         raise BenchError(f"{source} holds no text: check that it is the right file.")
     tables = []
     if plain:
-        tables.append(draw(pd.DataFrame(plain, columns=["text", "source"]), tokenizer, count, length, seed))
+        try:
+            tables.append(draw(pd.DataFrame(plain, columns=["text", "source"]), tokenizer, count, length, seed))
+        except BenchError:  # all too short
+            if not asked:
+                raise
     if asked:
-        known = pd.DataFrame(asked, columns=["text", "source", "prompt"])
+        known = pd.DataFrame(asked, columns=["text", "source", "prompt"]).drop_duplicates("text")
         sizes = tokenizer(known["text"].tolist(), add_special_tokens=False, verbose=False)["input_ids"]
         tables.append(known[[len(ids) <= length for ids in sizes]])
     found = pd.concat(tables).fillna({"prompt": ""} if asked else {})

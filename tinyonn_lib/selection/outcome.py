@@ -68,13 +68,13 @@ def warmed(found: pd.DataFrame, gained: pd.DataFrame, gauge: pd.DataFrame, losse
     """
     over = UNSEEN if (found["corruption"] == UNSEEN).any() else LEARNED
     told = over if over == UNSEEN else "learned (none was left unseen)"
-    names = (f"contrastive{BEFORE}", "contrastive", "literal", "perplexity")
-    start, own, literal, control = (_at(found, name, over) for name in names)
+    names = (f"contrastive{BEFORE}", "contrastive", "log_mass", "literal", "perplexity")
+    start, own, mass, literal, control = (_at(found, name, over) for name in names)
     beats = "beats" if own["low"] > control["high"] else "does not beat"
     lines = [
         f"On corruptions that were {told}, the contrastive score tells clean from corrupted text with an AUROC of "
-        f"**{_told(own)}**; before the warm-up {_told(start)}, the literal score after it {_told(literal)}. It {beats} "
-        f"perplexity, {_told(control)}."
+        f"**{_told(own)}**; before the warm-up {_told(start)}. `log_mass` has {_told(mass)}, the literal score "
+        f"{_told(literal)}. The contrastive score {beats} perplexity, {_told(control)}."
     ]
     mean = gained[(gained["corruption"] == judge.MEAN) & (gained["over"] == (over if over == UNSEEN else "all kinds"))]
     if len(mean):

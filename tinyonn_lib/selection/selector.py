@@ -75,6 +75,7 @@ def save(selector: Selector, folder: Path, base: str, full: bool = False) -> Non
     Raises:
         BenchError: it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     layers = selector.layers
@@ -84,7 +85,7 @@ def save(selector: Selector, folder: Path, base: str, full: bool = False) -> Non
     local = Path(base).is_dir()
     note = {
         "format": _FORMAT,
-        "base": "." if full else os.path.relpath(base, folder) if local else base,
+        "base": "." if full else os.path.relpath(Path(base).resolve(), folder.resolve()) if local else base,
         "base_is_folder": full or local,
         "base_routers": "" if full else selector.hashed,
         "units": list(selector.units),
@@ -93,13 +94,14 @@ def save(selector: Selector, folder: Path, base: str, full: bool = False) -> Non
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).unlink(missing_ok=True)  # of an older selector, which would lie about these rows
         if full:
             selector.model.save_pretrained(folder)
             selector.tokenizer.save_pretrained(folder)
         save_file({name: row.detach().float().cpu().contiguous() for name, row in rows.items()}, folder / WEIGHTS)
         # Last: a folder with it is a whole one.
         (folder / FILE).write_text(json.dumps(note, indent=2) + "\n")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise BenchError(f"Cannot write the selector to {folder}: {error} (disk full?)") from error
 
 
@@ -137,6 +139,8 @@ def load_selector(folder: str | Path, dtype: load.Dtype = "float32", device: str
                     raise BenchError(f"The selector {folder} has no rows for {name} of {base}: warm it up again.")
                 own.copy_(rows[name])
     gap = tuple(rows[f"gap.{place}"] for place in range(len(layers)) if f"gap.{place}" in rows)
+    if len(note["units"]) != len(layers) or len(gap) not in (0, len(layers)):
+        raise BenchError(f"The selector {folder} has units or gaps for another number of layers: warm it up again.")
     made = Selector(model, load.load_tokenizer(base), tuple(note["units"]), gap, note["combined"], note["about"])
     return replace(made, hashed=note["base_routers"])
 

@@ -97,7 +97,6 @@ def warm_up(
         BenchError: a dense model, too few passages, or what `fit` says.
     """
     layers = in_float32(model)
-    start = cold(model, tokenizer, passages)
     calibration = passages.tail(max(8, round(len(passages) * CALIBRATION)))
     training = passages.head(len(passages) - len(calibration))
     steps = len(training) // recipe.batch
@@ -107,6 +106,7 @@ def warm_up(
             f"batch={recipe.batch} of them make a step."
         )
     trash = trash_experts([layer.experts for layer in layers], recipe.ratio)
+    start = cold(model, tokenizer, passages)
     pairs = Pairs(tokenizer, training, recipe)
     units = torch.tensor(start.units, dtype=torch.float64)
     params = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
@@ -115,6 +115,7 @@ def warm_up(
         weight.requires_grad_(True)
     peaks = [recipe.lr * max(_rms(weight), 1e-8) for weight in params]
     optimizer = torch.optim.AdamW([{"params": [weight]} for weight in params], weight_decay=0.0)
+    tag = resume.fingerprint({"recipe": asdict(recipe), "passages": training.to_dict("list")}, [units], None)
     device = layers[0].weight.device
     with Watch(model.base_model if recipe.loss == "contrastive" else model) as watch:
         loss = _contrast(watch, layers, trash, units) if recipe.loss == "contrastive" else _language(model)
@@ -130,7 +131,7 @@ def warm_up(
                 params, loss, partial(_later, pairs, epoch * steps, device), optimizer, steps=steps,
                 warmup_steps=min(5, steps // 4), shards=default_shards(device), progress=told,
                 checkpoint=checkpoints and checkpoints / f"warm_{recipe.seed}_{epoch + 1}.pt",
-                every_seconds=every_seconds, tag=resume.fingerprint({"recipe": asdict(recipe)}, [units], None),
+                every_seconds=every_seconds, tag=tag,
             )  # fmt: skip
             about = asdict(recipe) | {"epoch": epoch + 1, "passages": len(training)}
             made = replace(start, about=about)
@@ -262,9 +263,11 @@ def units_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
         chosen = mask.flatten().to(model.device)
         found = [_rms(logits[chosen] - logits[chosen].mean(-1, keepdim=True)) for logits in watch.logits]
-    if min(found) == 0:
+        sizes = [_rms(logits[chosen]) for logits in watch.logits]
+    same = [place for place, spread in enumerate(found) if spread <= 1e-6 * sizes[place]]  # rounding, no spread
+    if same:
         raise BenchError(
-            f"The router of layer {found.index(0)} gives all experts the same logit: train it first (05_router)."
+            f"The router of layer {same[0]} gives all experts the same logit: train it first (05_router)."
         )
     return SHARPNESS * torch.tensor(found, dtype=torch.float64)
 

@@ -145,7 +145,8 @@ def _plan(which: str, overrides: Sequence[str], sweep: bool) -> Plan:
     own = [o for o in overrides if o.split("=", 1)[0] not in SHARED]
     if sweep:
         shared.setdefault("base", shared.get("run", "default"))
-        shared["run"] = re.sub(r"[^A-Za-z0-9._+,=-]+", "-", ",".join([shared["base"], *own]))[:200]
+        name = re.sub(r"[^A-Za-z0-9._+,=-]+", "-", ",".join([shared["base"], *own]))
+        shared["run"] = name if len(name) <= 200 else f"{name[:183]},{runs.digest(own)}"  # folders' names have a limit
     mine: dict[str, list[str]] = {phase.name: [] for phase in chosen}
     for text in own:
         head, _, rest = text.partition(".")

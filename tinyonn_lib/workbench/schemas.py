@@ -5,10 +5,12 @@ Defaults live in `params/<phase>.yaml` alone.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from tinyonn_lib.selection import corrupt
 
 # A run is a folder name: no separators, nothing hidden.
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,=-]{0,199}$")]
@@ -31,6 +33,21 @@ def _fractions(text: str) -> str:
 
 Fractions = Annotated[str, BeforeValidator(str), AfterValidator(_fractions)]
 """Several fractions in one flat value, such as `0.25 0.5 0.75`."""
+
+
+Ranking = Literal[
+    "literal", "centred", "log_mass", "contrastive", "combined", "random", "length", "longest", "perplexity", "ifd"
+]
+
+
+def _rankings(text: str) -> str:
+    if unknown := [name for name in text.split() if name not in get_args(Ranking)]:
+        raise ValueError(f"unknown ranking '{unknown[0]}'; name some of {' '.join(get_args(Ranking))}")
+    return text
+
+
+def _corruptions(text: str) -> str:
+    return " ".join(corrupt.parse(text))
 
 
 def _no_password(url: str) -> str:
@@ -195,7 +212,7 @@ class Selector(Params):
     rows: Annotated[int, Field(ge=16)]
     length: Annotated[int, Field(ge=0)]
     loss: Literal["contrastive", "lm"]
-    corruptions: str
+    corruptions: Annotated[str, AfterValidator(_corruptions)]
     trash_expert_ratio: Fraction
     epochs: Count
     batch: Count
@@ -218,13 +235,11 @@ class Select(Params):
     pool_rows: Annotated[int, Field(ge=64)]
     dirt: Fraction
     heldout: Share
-    score: Literal[
-        "literal", "centred", "log_mass", "contrastive", "combined", "random", "length", "longest", "perplexity", "ifd"
-    ]
+    score: Ranking
     trash: Literal["last", "calibrated"]
     trash_expert_ratio: Fraction
     selection_percentage: Annotated[float, Field(gt=0, le=1)]
-    against: str
+    against: Annotated[str, AfterValidator(_rankings)]
     unique: Annotated[float, Field(ge=0, le=1)]
     length: Annotated[int, Field(ge=0)]
     batch_tokens: Count
