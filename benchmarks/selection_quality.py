@@ -27,7 +27,7 @@ from tinyonn_lib.workbench import params
 from tinyonn_lib.workbench.phases import PHASES
 from tinyonn_lib.workbench.runs import open_run
 
-NAMES = ("literal", "centred", "log_mass", "contrastive", "combined", "perplexity")
+NAMES = ("literal", "centred", "log_mass", "contrastive", "combined", "perplexity", "perplexity_fitted")
 BEFORE = "contrastive, before"
 GAUGED = ("centred", "log_mass", "contrastive")
 DRAWS = 1000
@@ -36,7 +36,7 @@ DRAWS = 1000
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", default="default", help="a finished run (default: default)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (default: 3)")
-    parser.add_argument("--rows", type=int, default=1500, help="passages of each warm-up (default: 1500)")
+    parser.add_argument("--rows", type=int, default=1000, help="passages of each warm-up (default: 1000)")
     parser.add_argument("--judge-rows", type=int, default=300, help="passages to judge on (default: 300)")
 
 
@@ -52,11 +52,12 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     learn, _ = known.halves(
         run.table("pretrain", "texts.parquet"), tok, learn=args.rows, judge=1, length=longest, seed=0
     )
+    cold = warmup.cold(model, tok, learn)
     fresh, _ = embedded.pool(
-        ("networkx", "pandas"), tok, rows=args.judge_rows, length=longest, dirt=0.0, heldout=0.05, seed=1
+        ("networkx", "pandas"), cold, rows=args.judge_rows, length=0, dirt=0.0, heldout=0.05, seed=1
     )
     answers = known.paired(fresh, tok, longest, seed=1)
-    before = known.scored(warmup.cold(model, tok, learn), answers)
+    before = known.scored(cold, answers)
     found: dict[tuple[str, str], list[Array]] = {}
     gauges = []
     for seed in range(args.seeds):
@@ -105,8 +106,8 @@ def _rows(found: dict[tuple[str, str], list[Array]], gauges: pd.DataFrame, weigh
 
 def _bars(found: dict[tuple[str, str], list[Array]], gauges: pd.DataFrame, weights: Weights) -> list[Bar]:
     kinds = tuple(CORRUPTIONS)
-    gain = _mean(found, "combined", kinds) - _mean(found, "perplexity", kinds)
     lift = _mean(found, "contrastive", kinds) - _mean(found, BEFORE, kinds)
+    gains = {name: _mean(found, "combined", kinds) - _mean(found, name, kinds) for name in CONTROLS}
     low = {
         name: float(intervals(each[:, None], weights, "x")["low"][0]) for name, each in (("gain", gain), ("lift", lift))
     }

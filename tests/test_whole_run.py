@@ -125,8 +125,9 @@ def test_the_selector_is_routers_alone(home: Path) -> None:
     for over in ("learned", "unseen"):
         assert {f"auroc_{score}_{over}" for score in ("contrastive_before", "contrastive", "perplexity")} < set(aurocs)
     assert all(0 <= value <= 1 for value in aurocs.values())
-    for score in ("centred", "log_mass", "contrastive"):  # the routers of 05 are gates of a softmax
-        assert found[f"gauge_{score}"] == pytest.approx(1)
+    for score in ("centred", "log_mass", "contrastive"):
+        assert found[f"gauge_{score}"] > 0.999  # rounding may swap neighbours
+    assert found["gauge_literal"] < 0.99
     for name in ("epoch_1", "epoch_2", "seed_1/epoch_1", "seed_1/epoch_2"):
         assert {file.name for file in (folder / name).iterdir()} == {"routers.safetensors", "selector.json"}
         tensors = load_file(folder / name / "routers.safetensors")
@@ -236,7 +237,8 @@ def test_evaluate_agrees_with_the_judge(home: Path) -> None:
 @pytest.fixture(scope="module")
 def own(home: Path) -> dict[str, str]:
     """Rows of one's own, some of them bad, selected by two scores in a sweep: score → run."""
-    words = [f"The {a} {b} the {c}." for a in ("router", "neuron") for b in ("scans", "joins", "feeds") for c in "abcdefgh"]
+    names, verbs = ("router", "neuron"), ("scans", "joins", "feeds")
+    words = [f"The {name} {verb} the {letter}." for name in names for verb in verbs for letter in "abcdefgh"]
     lines = [json.dumps({"text": f"{one} {words[place - 1]}"}).encode() for place, one in enumerate(words)]
     lines += [json.dumps({"text": f"{one} It splits."}).encode() for one in words[:42]]
     bad = {3: b'{"text": "\xff\xfe"}', 10: b'{"text": " "}', 20: b"{nope", 30: b'{"text": 5}',
@@ -274,7 +276,7 @@ def test_bad_rows_of_ones_own_are_listed_and_the_others_go_on(home: Path, own: d
 def test_ones_own_rows_are_judged_on_ones_own_texts(home: Path, own: dict[str, str], tmp_path: Path) -> None:
     where = (f"run={own['contrastive']}", "base=default")
     held = tiny.write_texts(tmp_path / "held.jsonl", 40)
-    sizes = "tokens=600 seeds=1 batch=4 length=32 eval_tokens=600".split()
+    sizes = ["tokens=600", "seeds=1", "batch=4", "length=32", "eval_tokens=600"]
     done = tiny.tinyonn(home, "target", *where, f"heldout_texts={held}", *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     judged = pd.read_parquet(home / "runs" / own["contrastive"] / "target/heldout.parquet")
@@ -329,17 +331,19 @@ def test_index_has_a_card_for_every_phase(home: Path) -> None:
         assert (home / "reports/default" / f"{phase.name}.html").is_file()
 
 
-def test_plain_papermill_gives_the_same(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["scan", "select"])
+def test_plain_papermill_gives_the_same(home: Path, tmp_path: Path, phase: str) -> None:
     """`papermill notebooks/02_scan.ipynb out.ipynb -f params/scan.yaml`, with the run's own sizes."""
-    given = ["-p", "run", "by_hand", "-p", "base", "default", "-p", "tokens", "1500", "-p", "length", "48"]
+    sizes = [o.removeprefix(f"{phase}.") for o in tiny.overrides(home / "texts.jsonl") if o.startswith(f"{phase}.")]
+    given = [word for size in ("run=by_hand", "base=default", *sizes) for word in ("-p", *size.split("=", 1))]
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", str(ROOT / "notebooks/02_scan.ipynb"), str(tmp_path / "out.ipynb"),
-         "-f", str(ROOT / "params/scan.yaml"), *given],
+        [sys.executable, "-m", "papermill", str(PHASES[phase].notebook), str(tmp_path / "out.ipynb"),
+         "-f", str(PHASES[phase].params_file), *given],
         env=tiny.environment(home), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    ours, theirs = (manifest(home, "scan", run) for run in ("default", "by_hand"))
-    assert ours["outputs"]["neurons.parquet"]["sha256"] == theirs["outputs"]["neurons.parquet"]["sha256"]
+    ours, theirs = (manifest(home, phase, run) for run in ("default", "by_hand"))
+    assert ours["outputs"] | {"neurons.mscan": None} == theirs["outputs"] | {"neurons.mscan": None}
     assert ours["metrics"] == theirs["metrics"]
 
 

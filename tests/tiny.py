@@ -55,7 +55,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tinyonn_lib.workbench.cli", *arguments]
 
 
-def tinyonn(home: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def tinyonn(home: Path, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
         command(*arguments), env=environment(home), capture_output=True, text=True, timeout=timeout, check=False

@@ -127,9 +127,7 @@ def test_short_documents_beside_instructions_do_no_harm(asked: Path, tokenizer: 
     assert (len(learn), len(judge)) == (30, 10)
 
 
-def test_documents_and_instructions_together(
-    asked: Path, tokenizer: Any, make_texts: Callable[..., list[str]]
-) -> None:
+def test_documents_and_instructions_together(asked: Path, tokenizer: Any, make_texts: Callable[..., list[str]]) -> None:
     with asked.open("a") as file:
         for text in documents(make_texts, 10):
             file.write(json.dumps({"text": text}) + "\n")
@@ -177,6 +175,16 @@ def test_paired_has_every_passage_in_every_kind(asked: Path, tokenizer: Any) -> 
     pd.testing.assert_frame_equal(alone, same)
 
 
+def test_a_wrong_answer_is_another_answer_and_no_other_question(tokenizer: Any, make_texts: Any) -> None:
+    prompts = [f"? {n} " + "token layer " * 6 for n in range(12)]
+    clean = pd.DataFrame({"prompt": prompts, "source": "x", "text": [p + "model " + p[2:4] for p in prompts]})
+    made = paired(clean, tokenizer, 63, 0, ("wrong_answer",))["text"][12:].tolist()
+    for text, prompt, right in zip(made, prompts, clean["text"], strict=True):
+        assert text.startswith(prompt + "model")
+        assert text != right
+        assert text.count("?") == 1
+
+
 def test_longest(olmoe: Any) -> None:
     assert longest(olmoe) == longest(olmoe, 63) == 63
     assert longest(olmoe, 5) == 5
@@ -193,7 +201,10 @@ def test_scored_keeps_source_and_corruption_though_rows_are_left_out(
     found = scored(Selector(olmoe, tokenizer, (1.0, 1.0)), table, ratio=0.25)
     assert found["source_index"].tolist() == [n for n in range(24) if n != 3]
     for row in found.itertuples():
-        assert (row.source, row.corruption) == (table["source"][row.source_index], table["corruption"][row.source_index])
+        assert (row.source, row.corruption) == (
+            table["source"][row.source_index],
+            table["corruption"][row.source_index],
+        )
         assert row.tokens == size(tokenizer, table["text"][row.source_index])
     assert [row.text for row in as_rows(table)] == table["text"].tolist()
 

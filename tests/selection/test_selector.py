@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,10 @@ from tinyonn_lib.selection.scoring import Scorer
 from tinyonn_lib.selection.selector import FILE, WEIGHTS, Selector, in_float32, load_selector, of, save
 
 FAMILIES = ("olmoe", "granitemoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "lfm2_moe")
-COMBINED = {"contrastive": 0.1 + 0.2, "log_mass": -1 / 3, "log_perplexity": -3.0, "intercept": 0.5}
+COMBINED = {
+    "combined": {"contrastive": 0.1 + 0.2, "log_mass": -1 / 3, "log_perplexity": -3.0, "intercept": 0.5},
+    "perplexity_fitted": {"log_perplexity": -1 / 7, "log_perplexity_squared": 0.1, "intercept": 1.0},
+}
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -57,7 +59,8 @@ def assert_same(one: Selector, other: Selector, given: list[Row]) -> None:
         mine, _ = Scorer(one, ratio=0.25, trash=trash)(given)
         theirs, _ = Scorer(other, ratio=0.25, trash=trash)(given)
         assert mine.equals(theirs)
-        assert mine["combined"].notna().all()
+        assert mine["perplexity_fitted"].notna().all()
+        assert ("combined" in mine) == (trash == "last")
     assert (one.units, one.combined, one.about) == (other.units, other.combined, other.about)
 
 
@@ -167,9 +170,7 @@ def test_another_base_is_refused(
 
 
 @pytest.mark.parametrize("saved", ["float32", "bfloat16"])
-def test_the_base_is_known_in_any_precision(
-    saved: load.Dtype, base: Path, tmp_path: Path
-) -> None:
+def test_the_base_is_known_in_any_precision(saved: load.Dtype, base: Path, tmp_path: Path) -> None:
     save(warmed(base, saved), tmp_path / "epoch_1", str(base))
     for dtype in ("float32", "bfloat16"):
         assert len(load_selector(tmp_path / "epoch_1", dtype).layers) == 2  # type: ignore[arg-type]
@@ -271,6 +272,9 @@ def test_routers_in_float32_in_a_bfloat16_model(kind: str, make_moe: Callable[..
     hooks = [len(layer.module._forward_hooks) for layer in layers]
     in_float32(model)
     assert [len(layer.module._forward_hooks) for layer in layers] == hooks  # a second time changes nothing
+    gates: list[torch.Tensor] = []
+    for layer in layers:
+        layer.module.register_forward_hook(lambda _, __, out: gates.extend(out if isinstance(out, tuple) else ()))
     with Watch(model) as watch:
         told = model(input_ids=IDS).logits
         for logits, inputs, layer in zip(watch.logits, watch.inputs, watch.layers, strict=True):
@@ -278,6 +282,8 @@ def test_routers_in_float32_in_a_bfloat16_model(kind: str, make_moe: Callable[..
             exact = torch.nn.functional.linear(inputs.double(), layer.weight.double(), bias)
             assert (logits - exact).abs().max() < 1e-5  # far finer than bfloat16's 1/256
     assert told.dtype == plain.dtype == torch.bfloat16
+    floats = [gate.dtype for gate in gates if gate.is_floating_point()]
+    assert floats.count(torch.float32) == len(layers) * (len(gates) > 0)  # the logits; weights of experts are narrow
     assert (told - plain).abs().max() < 0.25 * plain.abs().max()
     own = {id(weight) for layer in layers for weight in layer.module.parameters()}
     assert all(weight.dtype == torch.bfloat16 for weight in model.parameters() if id(weight) not in own)
@@ -288,4 +294,3 @@ def test_hub_ids_are_kept_as_they_are(base: Path, tmp_path: Path, monkeypatch: p
     save(warmed(base), tmp_path / "epoch_1", "allenai/OLMoE-1B-7B-0924")
     note = json.loads((tmp_path / "epoch_1" / FILE).read_text())
     assert (note["base"], note["base_is_folder"]) == ("allenai/OLMoE-1B-7B-0924", False)
-    assert not os.path.isabs(note["base"])

@@ -155,7 +155,9 @@ def test_the_contrastive_loss_is_the_slow_formula(
             for x, layer in zip(inputs, layers, strict=True)
         ]  # fmt: skip
         width = max(batch["clean"].shape[1], batch["bad"].shape[1])
-        masks = torch.cat([F.pad(batch[name], (0, width - batch[name].shape[1])) for name in ("clean_mask", "bad_mask")])
+        masks = torch.cat(
+            [F.pad(batch[name], (0, width - batch[name].shape[1])) for name in ("clean_mask", "bad_mask")]
+        )
         values: dict[str, torch.Tensor] = {"odds": torch.zeros(10).double(), "mass": torch.zeros(10).double()}
         for raw, bad, unit in zip(logits, trash, units, strict=True):
             e = (raw / unit).exp()
@@ -203,6 +205,21 @@ def test_batches_are_a_pure_function_of_their_step(tokenizer: Any, make_texts: C
     assert not torch.equal(batch["clean"][:, :9], batch["bad"][:, :9])
 
 
+def test_every_epoch_has_steps_of_its_own(
+    make_moe: Callable[..., Any], tokenizer: Any, make_texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    made = Pairs.__call__
+
+    def spy(self: Pairs, step: int, device: torch.device | None = None) -> Any:
+        steps.append(step)
+        return made(self, step, device)
+
+    monkeypatch.setattr(Pairs, "__call__", spy)
+    trained(make_moe(), tokenizer, passages(make_texts), RECIPE)
+    assert steps == list(range(8))
+
+
 def auroc(selector: Selector, table: pd.DataFrame, name: str = "contrastive") -> float:
     found = judge.auroc(known.scored(selector, table, ratio=0.25), [name], groups=table["source"])
     return float(found[found["corruption"] == judge.MEAN]["auroc"].iloc[0])
@@ -225,7 +242,10 @@ def test_a_contrast_is_learned(
     for gap, bad in zip(after.gap, trash, strict=True):
         assert float(gap[bad].sum()) > 0 > float(gap[~bad].sum())
         assert float(gap.sum()) == pytest.approx(0, abs=1e-5)
-    assert set(after.combined) == {"contrastive", "log_mass", "log_perplexity", "intercept"}
+    perplexity = {"log_perplexity", "log_perplexity_squared", "intercept"}
+    assert after.combined.keys() == {"combined", "perplexity_fitted"}
+    assert after.combined["combined"].keys() == {"contrastive", "log_mass"} | perplexity
+    assert after.combined["perplexity_fitted"].keys() == perplexity
 
 
 class StopHere(Exception):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.workbench import execute, params, start, words
+from tinyonn_lib.selection.corrupt import CORRUPTIONS
+from tinyonn_lib.selection.scores import RANKINGS
+from tinyonn_lib.workbench import execute, params, schemas, start, words
 from tinyonn_lib.workbench.notebook import assigned
 from tinyonn_lib.workbench.phases import PHASES, ROOT
 
@@ -22,6 +24,13 @@ def test_default_is_complete_and_valid(phase: Any) -> None:
     values = params.defaults(phase)
     assert set(values) == set(phase.schema.model_fields)
     assert params.validate(phase, values).model_dump() == values
+
+
+def test_names_are_those_of_the_library() -> None:
+    assert get_args(schemas.Ranking) == tuple(RANKINGS), (
+        "written out there, because the library's takes seconds to import"
+    )
+    assert get_args(schemas.Corruption) == tuple(CORRUPTIONS)
 
 
 def test_params_files_are_clean() -> None:

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from tinyonn_lib.plots.base import ACCENT, INK, PALETTE, QUIET, SEQUENTIAL, describe, heat
 from tinyonn_lib.selection.judge import MEAN, quality
 
-BASELINES = ("random", "length", "longest", "perplexity", "ifd")
+BASELINES = ("random", "length", "longest", "perplexity", "perplexity_fitted", "ifd")
 """Rankings that need no router: what a router's score has to beat."""
 
 _TITLES = {MEAN: "mean of all", "learned": "mean of those learned", "unseen": "mean of those not learned"}

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.selection.dedupe import Unique
 from tinyonn_lib.selection.parts import BYTES, IDS, REASON, TEXTS, Parts, rejected, replacing, scored, writing
-from tinyonn_lib.selection.ranking import QUALITY, Ranking, rank_rows, ranked_by, walk
+from tinyonn_lib.selection.ranking import QUALITY, Ranking, rank_rows, ranked_by, walk, wanted
 
 SCORES, REJECTED, DUPLICATES = "scores.parquet", "rejected.parquet", "duplicates.parquet"
 _GROUP = 65_536  # rows written at once
@@ -81,17 +81,17 @@ def cut(folder: Path, by: str, share: float, parquet: Path, jsonl: Path | None, 
         listed = stack.enter_context(replacing(parquet.with_name(REJECTED))) if jsonl else work / REJECTED
         reasons = _reject(parts, listed)
         ranking = rank_rows(parts, by, reasons)
-        wanted = max(1, math.floor(share * len(ranking.order) + 0.5))
+        count = wanted(share, len(ranking.order))
         twins = _Twins(ranking, stack.enter_context(Unique(unique, work / "shingles"))) if unique else None
         kept = np.zeros(len(ranking.order), dtype=bool)
         lines = stack.enter_context(replacing(jsonl)) if jsonl else Path(os.devnull)
         out = stack.enter_context(_Out(stack.enter_context(replacing(parquet)), lines))
-        for rows in walk(ranking, work, wanted):
+        for rows in walk(ranking, work, count):
             ranks = rows["rank"].to_numpy()
-            chosen = twins.filter(ranks, rows["text"], wanted - int(kept.sum())) if twins else np.ones(len(ranks), bool)
+            chosen = twins.filter(ranks, rows["text"], count - int(kept.sum())) if twins else np.ones(len(ranks), bool)
             kept[ranking.order[ranks[chosen]]] = True
             out.write(rows.filter(pa.array(chosen)).drop_columns(["rank"]))
-            if kept.sum() == wanted:
+            if kept.sum() == count:
                 break
         if jsonl:
             _write(stack.enter_context(replacing(parquet.with_name(SCORES))), _all_scores(ranking, kept))

@@ -104,7 +104,7 @@ def find_head(model: Any) -> Head | None:
     own = body(input_ids=ids, use_cache=False).last_hidden_state.double()
     eps = torch.finfo(head.weight.dtype).eps
     straight = (logits - scale * raw).abs().max() <= 4 * eps * logits.abs().max()
-    causal = (own - hidden)[mask.bool()].norm() <= 64 * eps**0.75 * hidden[mask.bool()].norm()
+    causal = (own - hidden)[mask.bool()].norm() <= min(64 * eps**0.75, 0.05) * hidden[mask.bool()].norm()
     if not (straight and causal):
         return None
     return Head(body, head.weight, head.bias, 1.0 if abs(scale - 1) < 4 * eps else scale)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.selection.bootstrap import Array, Weights, below, intervals, spearman
+from tinyonn_lib.selection.ranking import wanted
 from tinyonn_lib.selection.scores import RANKINGS, SCORES
 
 if TYPE_CHECKING:
@@ -81,23 +82,25 @@ def auroc_difference(
     return found.assign(one=one, other=other)[["one", "other", "corruption", "difference", "low", "high", "n"]]
 
 
-def combine(table: pd.DataFrame) -> dict[str, float]:
-    """Log odds that a row is clean, from router scores and perplexity: a logistic regression on known corruption.
+def combine(table: pd.DataFrame, names: Sequence[str] = COMBINED) -> dict[str, float]:
+    """Log odds that a row is clean, from scores and perplexity: a logistic regression on known corruption.
 
-    Rows without a finite perplexity or score are left out.
+    Perplexity enters with its square: text is suspect when it is too likely, too. Without `names` it is perplexity
+    alone with the same calibration: what router scores have to add to. Rows without a finite value are left out.
 
     Args:
-        table: the columns `COMBINED`, `perplexity` and `corruption`; of calibration text, never of what is judged.
+        table: the columns `names`, `perplexity` and `corruption`; of calibration text, never of what is judged.
 
     Returns:
-        For raw values: a coefficient for each of `COMBINED`, for `log_perplexity`, and `intercept`.
+        For raw values: a coefficient for each of `names`, `log_perplexity`, `log_perplexity_squared` and `intercept`.
 
     Raises:
         BenchError: clean and corrupted rows are not both there.
     """
     from sklearn.linear_model import LogisticRegression
 
-    values = np.stack([*(table[name] for name in COMBINED), np.log(table["perplexity"])], 1).astype(np.float64)
+    likely = np.log(table["perplexity"].to_numpy(np.float64))
+    values = np.stack([*(table[name].to_numpy(np.float64) for name in names), likely, likely**2], 1)
     known = np.isfinite(values).all(1)
     values, clean = values[known], (table["corruption"] == "").to_numpy()[known]
     if clean.all() or not clean.any():
@@ -106,8 +109,8 @@ def combine(table: pd.DataFrame) -> dict[str, float]:
     spread[spread == 0] = 1
     fit = LogisticRegression().fit((values - centre) / spread, clean)
     slope = fit.coef_[0] / spread
-    names = (*COMBINED, "log_perplexity", "intercept")
-    return dict(zip(names, [*slope.tolist(), float(fit.intercept_[0] - slope @ centre)], strict=True))
+    told = (*names, "log_perplexity", "log_perplexity_squared", "intercept")
+    return dict(zip(told, [*slope.tolist(), float(fit.intercept_[0] - slope @ centre)], strict=True))
 
 
 def correlations(
@@ -171,7 +174,7 @@ def kept_share(table: pd.DataFrame, names: Sequence[str], share: float) -> pd.Da
     whole = kinds.value_counts(normalize=True).reindex(labels, fill_value=0)
     found = []
     for name in names:
-        best = np.argsort(-quality(table, name), kind="stable")[: max(1, round(share * len(table)))]  # NaN is last
+        best = np.argsort(-quality(table, name), kind="stable")[: wanted(share, len(table))]  # NaN is last
         rows = kinds.iloc[best].value_counts().reindex(labels, fill_value=0)
         line = {"score": name, "corruption": labels, "rows": rows, "share": rows / len(best), "pool": whole}
         found.append(pd.DataFrame(line))

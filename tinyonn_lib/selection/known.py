@@ -15,20 +15,23 @@ from tinyonn_lib.selection.rows import Bad, Row, rows
 from tinyonn_lib.selection.scoring import Scorer
 from tinyonn_lib.selection.selector import Selector
 
+MOST = 1024
+"""Tokens of the longest passage unless asked otherwise, of a model that takes more."""
+
 SHORTEST = 0.4
 """Passages are at least this share of the longest: so short a text says little."""
 
 
 def longest(model: Any, length: int = 0) -> int:
-    """Tokens of the longest text: as asked, or what the model takes beside a start token.
+    """Tokens of the longest text: as asked, or what the model takes beside a start token, at most `MOST`.
 
     Raises:
         BenchError: longer than the model takes.
     """
-    limit = int(model.config.get_text_config().max_position_embeddings) - 1
+    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", MOST)) - 1
     if length > limit:
-        raise BenchError(f"length={length} is more than this model takes: choose 1 to {limit}, or 0 for all of it.")
-    return length or limit
+        raise BenchError(f"length={length} is more than this model takes: choose 1 to {limit}.")
+    return length or min(limit, MOST)
 
 
 def draw(texts: pd.DataFrame, tokenizer: Any, count: int, length: int, seed: int) -> pd.DataFrame:
@@ -70,9 +73,29 @@ def halves(
         )
         return ours[~ours["text"].isin(others["text"])].reset_index(drop=True), others  # files share licences
     every = _read(source, tokenizer, learn + judge, length, seed)
-    if not (judged := min(judge, len(every) // 4)):
-        raise BenchError(f"{source} has {len(every)} passage(s) of at most {length} tokens, too few: give more text.")
-    return every.iloc[judged : judged + learn].reset_index(drop=True), every.iloc[:judged].reset_index(drop=True)
+    if not (judged := min(judge, len(every) // 4)) or every["source"].nunique() < 2:
+        texts = every["source"].nunique()
+        raise BenchError(
+            f"{source} has {len(every)} passage(s) of at most {length} tokens from {texts} text(s): too few to learn "
+            "on some and judge by others; give more texts."
+        )
+    ours, others = apart(every, judged)
+    return ours.head(learn), others.head(judge)
+
+
+def apart(passages: pd.DataFrame, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Passages in two parts that share no source; about `count` of them, at least one source, in the second.
+
+    The second takes the sources that come last.
+    """
+    sizes = passages["source"].value_counts(sort=False) if "source" in passages else None
+    if sizes is None or len(sizes) < 2:
+        cut = len(passages) - count
+        return passages.iloc[:cut].reset_index(drop=True), passages.iloc[cut:].reset_index(drop=True)
+    taken = sizes[::-1].cumsum()[::-1] <= count
+    taken.iloc[-1] = True
+    mine = passages["source"].isin(taken[taken].index)
+    return passages[~mine].reset_index(drop=True), passages[mine].reset_index(drop=True)
 
 
 def _read(source: str, tokenizer: Any, count: int, length: int, seed: int) -> pd.DataFrame:

@@ -13,7 +13,8 @@ BEFORE = ", before"
 """Behind the name of a score by routers that were not warmed up."""
 
 ROUTERS = ("literal", "centred", "log_mass", "contrastive")
-AFTER = (*ROUTERS, "combined", "perplexity", "longest", "random")
+CONTROLS = ("perplexity", "perplexity_fitted")
+AFTER = (*ROUTERS, "combined", "perplexity", "perplexity_fitted", "length", "longest", "random")
 
 
 def aurocs(before: pd.DataFrame, after: pd.DataFrame, learned: Sequence[str], seed: int = 0) -> pd.DataFrame:
@@ -30,7 +31,7 @@ def aurocs(before: pd.DataFrame, after: pd.DataFrame, learned: Sequence[str], se
     found = []
     for table, names, mark in (
         (before, ROUTERS, BEFORE),
-        (after, [n for n in AFTER if n != "combined" or n in after], ""),
+        (after, [n for n in AFTER if n in after or n not in ("combined", "perplexity_fitted")], ""),
     ):
         kinds = set(table["corruption"]) - {""}
         each = judge.auroc(table, names, groups=table["source"], seed=seed)
@@ -45,13 +46,18 @@ def aurocs(before: pd.DataFrame, after: pd.DataFrame, learned: Sequence[str], se
 
 
 def together(after: pd.DataFrame, learned: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """AUROC of `combined` minus that of perplexity alone: `auroc_difference`, over all kinds and over unseen ones."""
+    """AUROC of `combined` minus that of perplexity alone, as it is and with the same calibration: `auroc_difference`.
+
+    Returns:
+        With `over`: "all kinds", and "unseen" where some were not learned.
+    """
     unseen = after[after["corruption"].isin(["", *(set(after["corruption"]) - set(learned))])]
     tables = {"all kinds": after} | ({UNSEEN: unseen} if (unseen["corruption"] != "").any() else {})
     return pd.concat(
         [
-            judge.auroc_difference(rows, "combined", "perplexity", groups=rows["source"], seed=seed).assign(over=name)
+            judge.auroc_difference(rows, "combined", other, groups=rows["source"], seed=seed).assign(over=name)
             for name, rows in tables.items()
+            for other in CONTROLS
         ],
         ignore_index=True,
     )
@@ -70,28 +76,29 @@ def warmed(found: pd.DataFrame, gained: pd.DataFrame, gauge: pd.DataFrame, losse
     told = over if over == UNSEEN else "learned (none was left unseen)"
     names = (f"contrastive{BEFORE}", "contrastive", "log_mass", "literal", "perplexity")
     start, own, mass, literal, control = (_at(found, name, over) for name in names)
-    beats = "beats" if own["low"] > control["high"] else "does not beat"
+    apart = "beats" if own["low"] > control["high"] else "is clearly below" if own["high"] < control["low"] else ""
     lines = [
         f"On corruptions that were {told}, the contrastive score tells clean from corrupted text with an AUROC of "
         f"**{_told(own)}**; before the warm-up {_told(start)}. `log_mass` has {_told(mass)}, the literal score "
-        f"{_told(literal)}. The contrastive score {beats} perplexity, {_told(control)}."
+        f"{_told(literal)}. The contrastive score {apart or 'is not clearly apart from'} perplexity, {_told(control)}."
     ]
     mean = gained[(gained["corruption"] == judge.MEAN) & (gained["over"] == (over if over == UNSEEN else "all kinds"))]
-    if len(mean):
-        row = mean.iloc[0]
-        verdict = "better than" if row["low"] > 0 else "worse than" if row["high"] < 0 else "as good as"
+    for _, row in mean.iterrows():
+        verdict = "better than" if row["low"] > 0 else "worse than" if row["high"] < 0 else "not clearly apart from"
+        how = "alone" if row["other"] == "perplexity" else "with the same calibration"
         lines.append(
-            f"Both together (weights from calibration text) are {verdict} perplexity alone there: "
+            f"Together with perplexity (weights from calibration text) it is {verdict} perplexity {how} there: "
             f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]."
         )
     same = dict(zip(gauge["score"], gauge["spearman"], strict=True))
     lines.append(
-        f"One vector added to all rows of the routers changes the ranking by `literal` (Spearman {same['literal']:.3f} "
-        f"with itself); `centred` {same['centred']:.4f}, `log_mass` {same['log_mass']:.4f}, `contrastive` "
-        f"{same['contrastive']:.4f}."
+        "With one vector added to all rows of the routers, the ranking by `literal` has a Spearman correlation of "
+        f"{same['literal']:.3f} with itself; `centred` {same['centred']:.4f}, `log_mass` {same['log_mass']:.4f}, "
+        f"`contrastive` {same['contrastive']:.4f}."
     )
     lines.append(
-        f"The price: the model's own loss on clean text went from {losses[0]:.3f} to {losses[1]:.3f} nats per token."
+        f"{'The price: the' if losses[1] > losses[0] else 'The'} model's own loss on clean text went from "
+        f"{losses[0]:.3f} to {losses[1]:.3f} nats per token."
     )
     return "\n\n".join(lines)
 
@@ -109,7 +116,7 @@ def warmed_metrics(
     metrics |= {f"gauge_{row.score}": float(row.spearman) for row in gauge.itertuples()}
     mean = gained[gained["corruption"] == judge.MEAN]
     metrics |= {
-        f"combined_minus_perplexity_{row.over.replace(' ', '_')}": float(row.difference) for row in mean.itertuples()
+        f"combined_minus_{row.other}_{row.over.replace(' ', '_')}": float(row.difference) for row in mean.itertuples()
     }
     return metrics | {"nll_before": losses[0], "nll_after": losses[1]}
 

@@ -83,7 +83,7 @@ def writing(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write under, which becomes `path` at the end: a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # one name: a kill leaves at most one behind
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # several processes may write the same at once
     try:
         yield part
         part.replace(path)

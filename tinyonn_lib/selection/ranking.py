@@ -6,9 +6,11 @@ stretch of the ranking that fits into memory.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,13 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.selection.parts import BYTES, IDS, TEXTS, scored
 
 QUALITY = "quality_score"
+
+
+def wanted(share: float, rows: int) -> int:
+    """How many rows a share is: ⌊share · rows + ½⌋ of the share as it is written, at least one."""
+    return max(1, math.floor(Fraction(str(share)) * rows + Fraction(1, 2)))
+
+
 _BUCKET = 16_000_000  # bytes of text in a bucket
 _ROW = 1_000  # what a row costs besides its text
 _PENDING = 16_000_000  # bytes on their way to buckets

@@ -89,6 +89,10 @@ class Scorer:
         gap = selector.gap if trash == "calibrated" else None
         self._trash = [chosen.to(device) for chosen in trash_experts(experts, ratio, gap)]
         self._selector, self._device, self._seed, self._baselines = selector, device, seed, baselines
+        # Weights of scores hold for the trash experts that they were measured with.
+        about = selector.about
+        alike = trash == "last" and about.get("ratio", ratio) == ratio
+        self._combined = {n: w for n, w in selector.combined.items() if alike or n == "perplexity_fitted"}
         self._length = length or limit
         self.room = min(batch_tokens, CPU_TOKENS) if device.type == "cpu" else batch_tokens
         self._batch_tokens = batch_tokens
@@ -98,9 +102,9 @@ class Scorer:
 
         Returns:
             A table with one row per scored row, in the order given: `source_dataset, source_index, tokens, literal,
-            centred, log_mass, contrastive`, `combined` if the selector has it, `random, perplexity, ifd` (NaN without
-            a prompt or an answer); and the rows that could not be scored. All tokens of a text count, its prompt's,
-            too, except in IFD.
+            centred, log_mass, contrastive, random, perplexity, ifd` (NaN without a prompt or an answer), and, if the
+            selector has them, `combined` (only with the trash experts of the warm-up) and `perplexity_fitted`; and the
+            rows that could not be scored. All tokens of a text count, its prompt's, too, except in IFD.
 
         Raises:
             BenchError: not a number in a model's output, or too little memory.
@@ -133,11 +137,12 @@ class Scorer:
             | dict(zip(SCORES, measured.T, strict=False))
         )
         whole, answer, alone = measured.T[len(SCORES) :]
-        if self._baselines and (weights := self._selector.combined):
-            values = table.assign(log_perplexity=whole / counts, intercept=1.0)
-            table["combined"] = sum(weight * values[name] for name, weight in weights.items())
         table["random"] = [uniform(self._seed, row.source_dataset, row.source_index) for row in kept]
         if self._baselines:
+            likely = whole / counts
+            values = table.assign(log_perplexity=likely, log_perplexity_squared=likely**2, intercept=1.0)
+            for name, weights in self._combined.items():
+                table[name] = sum(weight * values[key] for key, weight in weights.items())
             with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
                 table["perplexity"] = np.exp(whole / counts)
                 table["ifd"] = np.where(alone > 0, np.exp((answer - alone) / (counts - given)), np.nan)

@@ -36,8 +36,8 @@ class Selector:
             alike, and routers written small as much as others.
         gap: per layer `(E,)`, how much more an expert is called on corrupted text (share of the probability); empty
             before a warm-up.
-        combined: coefficients of scores, `log_perplexity` and `intercept` that tell clean from corrupted calibration
-            text (`judge.combine`); empty before a warm-up.
+        combined: ranking → coefficients that tell clean from corrupted calibration text (`judge.combine`), for
+            "combined" and, without router scores, "perplexity_fitted"; empty before a warm-up.
         about: how it was warmed up.
         hashed: of the routers as they were in the base model.
     """
@@ -46,7 +46,7 @@ class Selector:
     tokenizer: Any
     units: tuple[float, ...]
     gap: tuple[Tensor, ...] = ()
-    combined: dict[str, float] = field(default_factory=dict)
+    combined: dict[str, dict[str, float]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     hashed: str = ""
 

@@ -10,10 +10,13 @@ import pandas as pd
 
 from tinyonn_lib.progress import Progress
 from tinyonn_lib.selection import judge
+from tinyonn_lib.selection.ranking import wanted
 from tinyonn_lib.selection.rows import Row
-from tinyonn_lib.selection.scores import RANKINGS
+from tinyonn_lib.selection.scores import SCORES
 from tinyonn_lib.selection.scoring import Scorer
 from tinyonn_lib.selection.selector import load_selector
+
+CONTRASTIVE = "contrastive"
 
 
 def others(folder: Path, epoch: int) -> dict[str, Path]:
@@ -47,7 +50,8 @@ def selections(
     Args:
         table: scores of the rows by the selector.
         texts: of the same rows.
-        ranking: what decides; of other selectors, too.
+        ranking: what decides. Selectors are compared by it if it is a router's score; a combination with perplexity
+            would hide how they differ, so then by `CONTRASTIVE`.
         main: the selector's folder.
         selectors: label → folder of others.
         options: of `Scorer`, as the selector was used.
@@ -57,22 +61,25 @@ def selections(
     Returns:
         Label → places of the kept rows.
     """
-    count = max(1, round(share * len(table)))
+    count = wanted(share, len(table))
 
     def best(scored: pd.DataFrame, name: str) -> set[int]:
-        order = pd.Series(judge.quality(scored, name)).sort_values(ascending=False, kind="stable", na_position="last")
+        order = pd.Series(judge.quality(scored, name), scored.index)
+        order = order.sort_values(ascending=False, kind="stable", na_position="last")
         return set(order.index[:count].tolist())
 
     rows = [Row("some", place, text) for place, text in enumerate(texts)]
-    found = {"selected": best(table.reset_index(drop=True), ranking)}
-    if RANKINGS[ranking][0] in ("tokens", "perplexity", "random", "ifd"):
-        selectors, more = {}, {}  # these do not look at routers
+    table = table.reset_index(drop=True)
+    found, own = {"selected": best(table, ranking)}, ranking if ranking in SCORES else CONTRASTIVE
+    if ranking not in (*SCORES, "combined"):
+        selectors, more = {}, {}  # it does not look at routers
     else:
         more = {"trash " + ("calibrated" if options["trash"] == "last" else "last"): main}
+        found[own] = best(table, own)
     for number, (label, folder) in enumerate((more | dict(selectors)).items(), start=1):
         trash = label.removeprefix("trash ") if label in more else options["trash"]
-        scored, _ = Scorer(load_selector(folder, **load), **{**options, "trash": trash})(rows)
-        found[label] = best(scored, ranking)
+        scored, _ = Scorer(load_selector(folder, **load), **{**options, "trash": trash}, baselines=False)(rows)
+        found[label] = best(scored.set_index("source_index"), own)  # a row may be left out
         if progress is not None:
             progress(number, len(more) + len(selectors), label)
-    return found | {name: best(table.reset_index(drop=True), name) for name in against if name != ranking}
+    return found | {name: best(table, name) for name in against if name not in found}

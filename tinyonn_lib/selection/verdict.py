@@ -13,6 +13,15 @@ from tinyonn_lib.selection import judge
 from tinyonn_lib.selection.cut import Cut
 from tinyonn_lib.selection.scores import RANKINGS, SCORES
 
+PLAIN = ("perplexity", "perplexity_fitted", "length", "longest", "random")
+"""Rankings that need no router."""
+
+FULL = 50_000
+"""Rows at most, in random order, of the selection that stands for all data."""
+
+MOST = 20_000
+"""Rows that are judged at most: a fair sample of them says as much as all."""
+
 
 def epoch_folder(folder: Path, epoch: int) -> str:
     """The name of 06_selector's folder of an epoch; 0: of its last one.
@@ -21,7 +30,7 @@ def epoch_folder(folder: Path, epoch: int) -> str:
         BenchError: no such epoch.
     """
     found = sorted((path.name for path in folder.glob("epoch_*")), key=epoch_of)
-    if not found or epoch > epoch_of(found[-1]):
+    if not found or (epoch and f"epoch_{epoch}" not in found):
         raise BenchError(
             f"epoch={epoch}: 06_selector left {', '.join(found) or 'none'}; choose one, or 0 for the last."
         )
@@ -35,13 +44,14 @@ def epoch_of(name: str) -> int:
 
 
 def with_truth(scores: Path, truth: pd.DataFrame | None) -> pd.DataFrame:
-    """Scored rows with `source`, what is drawn together in a bootstrap, and `corruption`, "" where none is known.
+    """Scored rows, at most `MOST`: with `source`, what a bootstrap draws together, and `corruption`, "" if unknown.
 
     Args:
         scores: as `select.cut` leaves them.
         truth: the pool, in the order of its file.
     """
     table = pd.read_parquet(scores)
+    table = table.sample(min(MOST, len(table)), random_state=0).sort_index().reset_index(drop=True)
     if truth is None:
         return table.assign(source=table["source_dataset"] + ":" + table["source_index"].astype(str), corruption="")
     known = truth.iloc[table["source_index"].to_numpy()]
@@ -68,6 +78,11 @@ def ends(rows: pd.DataFrame, ranking: str) -> dict[str, str]:
     return {
         f"{place + 1} of {len(ordered)}, {ordered[column][place]:.3f}: ": ordered["text"][place] for place in places
     }
+
+
+def full(done: Cut) -> float:
+    """Share of the rows that stands for all of them: all, or as many as no training here will see twice."""
+    return min(1.0, FULL / done.scored)
 
 
 def counts(done: Cut) -> dict[str, Any]:
@@ -97,19 +112,20 @@ def selected(
     ]
     if (table["corruption"] != "").any():
         dirt = _dirt(table, share, ranking)
-        beaten = [
-            name for name in ("perplexity", "longest", "random") if name != ranking and dirt[ranking] < dirt[name]
-        ]
+        plain = [name for name in PLAIN if name != ranking and name in dirt]
+        beaten = [name for name in plain if dirt[ranking] < dirt[name]]
+        better = [name for name in plain if dirt[ranking] > dirt[name]]
         lines.append(
             f"Of the kept rows **{dirt[ranking]:.1%}** are corrupted; of the pool "
-            f"{(table['corruption'] != '').mean():.1%}. By perplexity it would be "
-            f"{dirt['perplexity']:.1%}, by `contrastive` alone {dirt['contrastive']:.1%}, by length "
-            f"{dirt['longest']:.1%}, by chance {dirt['random']:.1%}. "
+            f"{(table['corruption'] != '').mean():.1%}. By other rankings: "
+            + ", ".join(f"`{name}` {share:.1%}" for name, share in dirt.items() if name != ranking)
+            + ". "
             + (
                 f"It is cleaner than by {' and '.join(beaten)}."
                 if beaten
                 else "No ranking without a router is dirtier."
             )
+            + (f" It is dirtier than by {' and '.join(better)}." if better else "")
         )
     about = follows[(follows["score"] == ranking) & (follows["rows"] == "clean")]
     told = ", ".join(
@@ -120,10 +136,13 @@ def selected(
         lines.append(
             f"Among {'clean ' if (table['corruption'] != '').any() else ''}rows its Spearman correlation is {told}."
         )
-    pairs = shared[(shared["one"] == "selected") & (shared["other"] != "selected")]
+    pairs = _overlaps(shared)
     if len(pairs):
         each = ", ".join(f"{row.other} {row.jaccard:.2f}" for row in pairs.itertuples())
-        lines.append(f"What it keeps overlaps (Jaccard; chance {pairs['chance'].mean():.2f}) with: {each}.")
+        lines.append(
+            f"Overlap (Jaccard; chance {pairs['chance'].mean():.2f}) with other rankings, and of what "
+            f"`{_base(shared)}` keeps with what other warm-ups and trash experts would: {each}."
+        )
     return "\n\n".join(lines)
 
 
@@ -139,8 +158,9 @@ def selected_metrics(
         found["corrupted_kept"] = found.pop(f"corrupted_by_{ranking}")
     about = follows[(follows["score"] == ranking) & (follows["rows"] == "clean")]
     found |= {f"spearman_{row['with']}": float(row["spearman"]) for _, row in about.iterrows()}
-    pairs = shared[(shared["one"] == "selected") & (shared["other"] != "selected")]
-    return found | {f"overlap_{row.other.replace(' ', '_')}": float(row.jaccard) for row in pairs.itertuples()}
+    return found | {
+        f"overlap_{row.other.replace(' ', '_')}": float(row.jaccard) for row in _overlaps(shared).itertuples()
+    }
 
 
 def selected_headline(metrics: dict[str, float], done: Cut) -> tuple[str, str]:
@@ -150,9 +170,21 @@ def selected_headline(metrics: dict[str, float], done: Cut) -> tuple[str, str]:
     return f"rows kept of {done.scored:,}", f"{done.kept:,}"
 
 
+def _base(shared: pd.DataFrame) -> str:
+    """By what other selectors are compared; see `stability.selections`."""
+    return next((name for name in shared["one"].unique() if name in SCORES), "selected")
+
+
+def _overlaps(shared: pd.DataFrame) -> pd.DataFrame:
+    """Rankings next to the selection, other selectors next to what this one keeps by the same score."""
+    base = _base(shared)
+    one = shared["other"].map(lambda name: "selected" if name in RANKINGS else base)
+    return shared[(shared["one"] == one) & (shared["other"] != shared["one"]) & (shared["other"] != "selected")]
+
+
 def _dirt(table: pd.DataFrame, share: float, ranking: str) -> dict[str, float]:
     """Ranking → share of corrupted rows among the best."""
-    names = list(dict.fromkeys([ranking, *SCORES, "perplexity", "longest", "random"]))
+    names = [name for name in dict.fromkeys([ranking, *SCORES, *PLAIN]) if RANKINGS[name][0] in table]
     kept = judge.kept_share(table, names, share)
     clean = kept[kept["corruption"] == "clean"].set_index("score")["share"]
     return {name: float(1 - clean[name]) for name in names}

@@ -26,7 +26,7 @@ from tinyonn_lib.lm.train import fit
 from tinyonn_lib.progress import Progress
 from tinyonn_lib.selection.corrupt import CORRUPTIONS
 from tinyonn_lib.selection.judge import combine
-from tinyonn_lib.selection.known import longest
+from tinyonn_lib.selection.known import apart, longest
 from tinyonn_lib.selection.pool import fitted
 from tinyonn_lib.selection.routers import Layer, Watch
 from tinyonn_lib.selection.rows import Row
@@ -97,8 +97,7 @@ def warm_up(
         BenchError: a dense model, too few passages, or what `fit` says.
     """
     layers = in_float32(model)
-    calibration = passages.tail(max(8, round(len(passages) * CALIBRATION)))
-    training = passages.head(len(passages) - len(calibration))
+    training, calibration = apart(passages, max(8, round(len(passages) * CALIBRATION)))
     steps = len(training) // recipe.batch
     if not steps:
         raise BenchError(
@@ -165,8 +164,13 @@ def warm_up_all(
         The histories below each other, with `epoch` and `seed`.
     """
     tables = []
+    model, tokenizer = load.load_model(path, dtype, device), load.load_tokenizer(path)
+    weights = [weight for layer in in_float32(model) for weight in (layer.weight, layer.bias) if weight is not None]
+    begun = [weight.detach().clone() for weight in weights]
     for seed in range(seeds):
-        model, tokenizer = load.load_model(path, dtype, device), load.load_tokenizer(path)
+        with torch.no_grad():
+            for weight, value in zip(weights, begun, strict=True):
+                weight.copy_(value)
         own = replace(recipe, seed=recipe.seed + seed)
         told = progress(f"warm-up, seed {own.seed}", "steps") if progress else None
         for epoch, selector, history in warm_up(model, tokenizer, passages, own, progress=told, **options):
@@ -221,7 +225,9 @@ class Pairs:
             kind = rng.choice(self._recipe.corruptions)
             bad.append(CORRUPTIONS[kind](self._texts[row], self._prompts[row], rng, self._others))
         # Noise takes many more tokens than the text had.
-        spoilt = [ids[: self._longest] for ids in self._tokenizer(bad, add_special_tokens=False)["input_ids"]]
+        spoilt = [
+            ids[: self._longest] for ids in self._tokenizer(bad, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
         clean, clean_mask = padded([self._clean[row] for row in rows], self._start)
         worse, bad_mask = padded(spoilt, self._start)
         found = {"clean": clean, "bad": worse, "clean_mask": clean_mask, "bad_mask": bad_mask}
@@ -259,16 +265,14 @@ def units_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     Raises:
         BenchError: routers that tell no expert from another.
     """
-    with Watch(model.base_model) as watch:
+    with Watch(model.base_model, inputs=False) as watch:
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
         chosen = mask.flatten().to(model.device)
         found = [_rms(logits[chosen] - logits[chosen].mean(-1, keepdim=True)) for logits in watch.logits]
         sizes = [_rms(logits[chosen]) for logits in watch.logits]
     same = [place for place, spread in enumerate(found) if spread <= 1e-6 * sizes[place]]  # rounding, no spread
     if same:
-        raise BenchError(
-            f"The router of layer {same[0]} gives all experts the same logit: train it first (05_router)."
-        )
+        raise BenchError(f"The router of layer {same[0]} gives all experts the same logit: train it first (05_router).")
     return SHARPNESS * torch.tensor(found, dtype=torch.float64)
 
 
@@ -336,9 +340,9 @@ def calibrated(selector: Selector, passages: pd.DataFrame, recipe: Recipe) -> Se
     ]
     table, _ = scorer(rows)
     known = zip(table["source_dataset"], table["source_index"], strict=True)
-    return replace(
-        selector, gap=tuple(gap), combined=combine(table.assign(corruption=[kind_of[name][at] for name, at in known]))
-    )
+    table["corruption"] = [kind_of[name][at] for name, at in known]
+    weights = {"combined": combine(table), "perplexity_fitted": combine(table, ())}
+    return replace(selector, gap=tuple(gap), combined=weights)
 
 
 @torch.no_grad()
@@ -347,7 +351,7 @@ def _called(selector: Selector, texts: Sequence[str], batch: int = 32) -> list[T
     ids = sorted(selector.tokenizer(list(texts), add_special_tokens=False)["input_ids"], key=len)
     start, body = start_token(selector.tokenizer), selector.model.base_model
     totals: list[Tensor] = []
-    with Watch(body) as watch:
+    with Watch(body, inputs=False) as watch:
         for first in range(0, len(ids), batch):
             rows, mask = padded(ids[first : first + batch], start)
             body(input_ids=rows.to(selector.model.device), use_cache=False)

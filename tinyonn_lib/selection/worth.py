@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from tinyonn_lib.errors import BenchError
 from tinyonn_lib.selection.contest import BASE, Contest
 from tinyonn_lib.selection.judge import MEAN
 from tinyonn_lib.selection.target import Tuned
@@ -18,6 +19,18 @@ OWN = "selected"
 def kinds(rivals: Mapping[str, Any]) -> dict[str, str]:
     """Label → kind, for the contest's table."""
     return {OWN: "router"} | {name: "reference" if name == "full" else "control" for name in rivals}
+
+
+def heldout(run: Any) -> pd.DataFrame:
+    """The documents that 07_select kept of the embedded pool.
+
+    Raises:
+        BenchError: it chose from rows of one's own, and kept none.
+    """
+    if not run.has("select", "heldout.parquet"):
+        raise BenchError("07_select chose from your own texts: give text to judge on, heldout_texts=FILE_OR_HUB_ID.")
+    found: pd.DataFrame = run.table("select", "heldout.parquet")
+    return found
 
 
 def training(tuned: Tuned, rows: int) -> dict[str, Any]:
@@ -39,6 +52,7 @@ def duels(ring: Contest) -> pd.DataFrame:
     for label in [BASE, *(name for name in ring.contenders if name != OWN)]:
         gap = ring.between(OWN, label)
         clear = "better" if gap.high < 0 else "worse" if gap.low > 0 else "no clear difference"
+        clear = "too few sources" if gap.high != gap.high else clear
         rows.append((label, gap.mean, gap.low, gap.high, clear))
     return pd.DataFrame(rows, columns=["against", "difference", "low", "high", "verdict"])
 
@@ -54,13 +68,17 @@ def verdict(ring: Contest, found: pd.DataFrame) -> str:
     own = found[found["against"] == BASE].iloc[0]
     lines = [
         f"After {ring.tokens:,} tokens of the selection the loss on held-out text changes by **{_told(own)}** nats per "
-        f"token. Best of all is `{best}` ({table.loc[best, 'delta']:+.4f})."
+        f"token. The lowest loss is that of `{best}` ({table.loc[best, 'delta']:+.4f})."
     ]
     for row in found[found["against"] != BASE].itertuples():
         epochs = table.loc[row.against, "epochs"]
         lines.append(f"- against `{row.against}` (seen {epochs:.1f} times): **{row.verdict}**, {_told(row._asdict())}")
     seeds = table["spread"].max()
-    return "\n".join([lines[0], "", *lines[1:], "", f"Seeds of the same selection differ by up to {seeds:.4f}."])
+    last = (
+        f"Seeds of the same selection differ by up to {seeds:.4f}; the intervals are over held-out files, with the "
+        "seeds averaged, and say nothing of another draw of `random`."
+    )
+    return "\n".join([lines[0], "", *lines[1:], "", last])
 
 
 def metrics(ring: Contest, found: pd.DataFrame) -> dict[str, float]:
@@ -134,23 +152,29 @@ def compared_headline(found: pd.DataFrame) -> tuple[str, str]:
     return f"{name.replace('_', ' ')}, tuned minus base ({row['verdict']})", f"{row['difference']:+.3f}"
 
 
-def whole(known: pd.DataFrame | None, follows: pd.DataFrame, found: pd.DataFrame) -> str:
+def whole(known: pd.DataFrame | None, gained: pd.DataFrame | None, follows: pd.DataFrame, found: pd.DataFrame) -> str:
     """The verdict on all four phases, in the order of the question.
 
     Args:
-        known: AUROC in the pool, of `judge.auroc`; None where the truth is not known.
+        known, gained: in the pool, of `judge.auroc` and of `outcome.together`; None where the truth is not known.
         follows: of `judge.correlations`.
         found: of `duels`.
     """
     lines = []
-    if known is not None:
+    if known is not None and gained is not None:
         means = known[known["corruption"] == MEAN].set_index("score")
-        own, control = means.loc["contrastive"], means.loc["perplexity"]
+        own, literal, control = (_interval(means.loc[name]) for name in ("contrastive", "literal", "perplexity"))
         lines.append(
-            f"**Does the router know trash?** AUROC {_interval(own)} by `contrastive`, "
-            f"{_interval(means.loc['literal'])} by the document's literal score; perplexity alone {_interval(control)}"
-            + (f", both together {_interval(means.loc['combined'])}." if "combined" in means.index else ".")
+            f"**Does the router know trash?** AUROC {own} by `contrastive`, {literal} by the document's literal score, "
+            f"{control} by perplexity alone (all kinds of corruption, most of which the warm-up knew; new text)."
         )
+        for _, row in gained[(gained["corruption"] == MEAN) & (gained["over"] == "all kinds")].iterrows():
+            clear = "better than" if row["low"] > 0 else "worse than" if row["high"] < 0 else "not clearly apart from"
+            how = "as it is" if row["other"] == "perplexity" else "with the same calibration"
+            lines[-1] += (
+                f" Router and perplexity together are {clear} perplexity {how}: "
+                f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]."
+            )
     near = follows[(follows["score"] == "contrastive") & (follows["rows"] == "clean")]
     each = ", ".join(f"{row['spearman']:+.2f} with {_NAMES[row['with']]}" for _, row in near.iterrows())
     lines.append(f"**Is it something of its own?** On clean rows `contrastive` correlates {each}.")

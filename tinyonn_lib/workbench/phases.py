@@ -96,6 +96,6 @@ PHASES: dict[str, Phase] = {
             schemas.Target,
             instead={"pretrain": ("model",)},
         ),
-        Phase("evaluate", 9, "What did the choice of data change?", ("target",), schemas.Evaluate),
+        Phase("evaluate", 9, "What did training on the selection change?", ("target",), schemas.Evaluate),
     )
 }

@@ -10,8 +10,6 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from tinyonn_lib.selection import corrupt
-
 # A run is a folder name: no separators, nothing hidden.
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,=-]{0,199}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -36,7 +34,17 @@ Fractions = Annotated[str, BeforeValidator(str), AfterValidator(_fractions)]
 
 
 Ranking = Literal[
-    "literal", "centred", "log_mass", "contrastive", "combined", "random", "length", "longest", "perplexity", "ifd"
+    "literal",
+    "centred",
+    "log_mass",
+    "contrastive",
+    "combined",
+    "random",
+    "length",
+    "longest",
+    "perplexity",
+    "perplexity_fitted",
+    "ifd",
 ]
 
 
@@ -46,8 +54,14 @@ def _rankings(text: str) -> str:
     return text
 
 
+Corruption = Literal["byte_noise", "word_shuffle", "repetition", "boilerplate", "wrong_answer"]
+
+
 def _corruptions(text: str) -> str:
-    return " ".join(corrupt.parse(text))
+    if not text.split() or (unknown := [name for name in text.split() if name not in get_args(Corruption)]):
+        what = f"unknown corruption '{unknown[0]}'" if text.split() else "no corruption given"
+        raise ValueError(f"{what}; name some of {' '.join(get_args(Corruption))}")
+    return text
 
 
 def _no_password(url: str) -> str:
