@@ -70,7 +70,7 @@ AMIDST: dict[str, Callable[[Path], bool]] = {
     "router": lambda folder: any(folder.glob(".resume/*/trained_router.pt")),
     "selector": lambda folder: any(folder.glob(".resume/*/warm_0_1.pt")),
     "select": lambda folder: any(folder.glob(".resume/*/chunks/*/0*.parquet")),  # the first of four
-    "target": lambda folder: any(folder.glob(".resume/*/contest/*.npz")),  # the first of ten trainings
+    "target": lambda folder: any(folder.glob(".resume/*/contest/*.npz")),  # the first training
     "evaluate": lambda folder: (folder / "tasks/cloze.jsonl").exists(),
 }
 RESUMED = {

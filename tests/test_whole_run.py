@@ -133,8 +133,10 @@ def test_the_selector_is_routers_alone(home: Path) -> None:
         tensors = load_file(folder / name / "routers.safetensors")
         assert sum(tensor.numel() for tensor in tensors.values()) == 2 * (4 * 32 + 4)  # layers × (rows + gaps)
         assert json.loads((folder / name / "selector.json").read_text())["base"].startswith("../")
+    about = json.loads((folder / "epoch_2/selector.json").read_text())["about"]
     history = pd.read_parquet(folder / "history.parquet")
-    assert history.groupby(["seed", "epoch"]).size().to_dict() == dict.fromkeys([(0, 1), (0, 2), (1, 1), (1, 2)], 12)
+    steps = history.groupby(["seed", "epoch"]).size().to_dict()
+    assert steps == {(seed, epoch): about["passages"] // 8 for seed in (0, 1) for epoch in (1, 2)}
     before, after = (load_file(folder / f"epoch_{epoch}/routers.safetensors") for epoch in (1, 2))
     assert any((before[name] != after[name]).any() for name in before), "the second epoch learned nothing"
 
@@ -203,12 +205,13 @@ def test_the_adapter_is_plain_peft_and_loses_what_was_reported(home: Path) -> No
 
 def test_all_rivals_train_on_as_many_tokens(home: Path) -> None:
     folder = home / "runs/default/target"
-    rivals = {"selected", "random", "longest", "perplexity", "full"}
+    rivals = {"selected", "full", *manifest(home, "select")["params"]["against"].split()}
+    assert {"random", "longest", "perplexity"} < rivals
     table = pd.read_parquet(folder / "contest.parquet").set_index("label")
     assert set(table.index) == {*rivals, "base"}
     assert table["loss"].is_monotonic_increasing
     assert table.loc["full", "rows"] == 160
-    assert set(table.loc[sorted(rivals - {"full"}), "rows"]) == {32}
+    assert set(table.loc[sorted(rivals - {"full"}), "rows"]) == {metrics(home, "select")["kept"]}
     history = pd.read_parquet(folder / "history.parquet")
     seen = history.groupby(["label", "seed"])["tokens"].max()
     assert set(seen.index) == {(label, seed) for label in rivals for seed in (0, 1)}

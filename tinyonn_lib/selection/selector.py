@@ -122,8 +122,8 @@ def load_selector(folder: str | Path, dtype: load.Dtype = "float32", device: str
         base = str((folder / note["base"]).resolve()) if note["base_is_folder"] else note["base"]
         if note["base_is_folder"] and not Path(base).is_dir():
             raise BenchError(
-                f"The selector {folder} was warmed up on the model {base}, which is not there: give its present place "
-                "(base=FOLDER), or warm up with full=true."
+                f"The selector {folder} was warmed up on the model {base}, which is not there: move it back, "
+                "or warm up again, with full=true to need none."
             )
     model = load.load_model(base, dtype, device)
     layers = in_float32(model)

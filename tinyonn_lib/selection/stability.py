@@ -82,4 +82,4 @@ def selections(
         found[label] = best(scored.set_index("source_index"), own)  # a row may be left out
         if progress is not None:
             progress(number, len(more) + len(selectors), label)
-    return found | {name: best(table, name) for name in against if name not in found}
+    return found | {name: best(table, name) for name in against if name not in (*found, ranking)}

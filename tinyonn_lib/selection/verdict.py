@@ -12,6 +12,7 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.selection import judge
 from tinyonn_lib.selection.cut import Cut
 from tinyonn_lib.selection.scores import RANKINGS, SCORES
+from tinyonn_lib.selection.selector import Selector
 
 PLAIN = ("perplexity", "perplexity_fitted", "length", "longest", "random")
 """Rankings that need no router."""
@@ -35,6 +36,20 @@ def epoch_folder(folder: Path, epoch: int) -> str:
             f"epoch={epoch}: 06_selector left {', '.join(found) or 'none'}; choose one, or 0 for the last."
         )
     return f"epoch_{epoch}" if epoch else found[-1]
+
+
+def usable(selector: Selector, ranking: str, ratio: float) -> str:
+    """The ranking, if this selector gives it.
+
+    Raises:
+        BenchError: it was calibrated with another share of trash experts, or not at all.
+    """
+    if ranking == "combined" and not (selector.combined and selector.about.get("ratio") == ratio):
+        raise BenchError(
+            f"score=combined needs a selector that was warmed up with trash_expert_ratio={ratio} (this one: "
+            f"{selector.about.get('ratio', 'not warmed up')}): choose that ratio, or score=contrastive."
+        )
+    return ranking
 
 
 def epoch_of(name: str) -> int:

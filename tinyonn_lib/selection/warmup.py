@@ -68,7 +68,7 @@ class Recipe:
     ratio: float = 0.125
     epochs: int = 2
     batch: int = 16
-    lr: float = 0.1
+    lr: float = 0.05
     seed: int = 0
 
 

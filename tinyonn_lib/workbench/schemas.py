@@ -261,6 +261,14 @@ class Select(Params):
     compare_rows: Annotated[int, Field(ge=64)]
     seed: Seed
 
+    @model_validator(mode="after")
+    def _calibrated(self) -> Select:
+        if "combined" in (self.score, *self.against.split()) and self.trash != "last":
+            raise ValueError(
+                "combined was calibrated with the last experts as trash: choose trash=last or another score"
+            )
+        return self
+
 
 class Target(Params):
     device: str
