@@ -32,7 +32,7 @@ from tinyonn_lib.selection.selector import Selector
 
 BOUND = 0.95
 VOCABULARY = 4096  # of the tokenizer: the head does the work of all its rows either way
-CALIBRATED = {"contrastive": 1.0, "log_perplexity": -1.0, "intercept": 0.0}
+CALIBRATED = {"combined": {"contrastive": 1.0, "log_perplexity": -1.0, "intercept": 0.0}}
 EMBEDDED = {
     "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 64, "n_routed_experts": 28, "num_experts_per_tok": 12, "n_shared_experts": 4,

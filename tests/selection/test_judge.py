@@ -63,7 +63,7 @@ def test_auroc_is_sklearns_with_ties_and_signs() -> None:
 def test_every_draw_is_the_auroc_of_the_rows_that_were_drawn() -> None:
     table, groups = scored(120), np.arange(120) // 5
     weights = bootstrap.Weights(groups, 30, 4)
-    _, (values,), _ = judge._aurocs(table, [judge.quality(table, "contrastive")], weights)
+    _, (values,), _ = judge.aurocs_by_draw(table, [judge.quality(table, "contrastive")], weights)
     for counts, found in zip(weights.counts, values, strict=True):
         drawn = table.loc[np.repeat(table.index, counts[weights.code])]
         each = [expected(drawn, kind, drawn["contrastive"]) for kind in ("byte_noise", "repetition")]
@@ -140,14 +140,19 @@ def test_combine_finds_planted_coefficients() -> None:
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"contrastive": rng.normal(3, 0.5, 20_000), "perplexity": np.exp(rng.normal(4, 2, 20_000))})
     table["log_mass"] = -rng.exponential(0.5, 20_000)
-    odds = 4 * table["contrastive"] + 2 * table["log_mass"] - 0.5 * np.log(table["perplexity"]) - 9
+    likely = np.log(table["perplexity"])
+    odds = 4 * table["contrastive"] + 2 * table["log_mass"] + 3 * likely - 0.5 * likely**2 - 13
     table["corruption"] = np.where(rng.random(20_000) < 1 / (1 + np.exp(-odds)), "", "byte_noise")
     broken = pd.DataFrame({"contrastive": [np.nan, 1], "log_mass": [-1.0, -1.0], "perplexity": [1, np.inf]})
     found = judge.combine(pd.concat([table, broken.assign(corruption="")]))
     assert found["contrastive"] == pytest.approx(4, rel=0.05)
     assert found["log_mass"] == pytest.approx(2, rel=0.05)
-    assert found["log_perplexity"] == pytest.approx(-0.5, rel=0.05)
-    assert found["intercept"] == pytest.approx(-9, rel=0.05)
+    assert found["log_perplexity"] == pytest.approx(3, rel=0.05)
+    assert found["log_perplexity_squared"] == pytest.approx(-0.5, rel=0.05)
+    assert found["intercept"] == pytest.approx(-13, rel=0.05)
+    alone = judge.combine(table, ())
+    assert set(alone) == {"log_perplexity", "log_perplexity_squared", "intercept"}
+    assert alone["log_perplexity_squared"] < 0  # neither too likely nor too unlikely
 
 
 def test_correlations_are_scipys_over_all_and_over_clean_rows() -> None:

@@ -129,5 +129,6 @@ def test_a_ratio_that_leaves_nothing_is_refused(ratio: float) -> None:
 
 
 def test_rankings_name_columns() -> None:
-    assert {column for column, _ in RANKINGS.values()} == {*SCORES, "combined", "random", "tokens", "perplexity", "ifd"}
+    plain = {"random", "tokens", "perplexity", "perplexity_fitted", "ifd"}
+    assert {column for column, _ in RANKINGS.values()} == {*SCORES, "combined", *plain}
     assert {name for name, (_, sign) in RANKINGS.items() if sign < 0} == {"length", "perplexity"}

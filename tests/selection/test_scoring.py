@@ -22,7 +22,7 @@ from tinyonn_lib.selection.scoring import Scorer, uniform
 from tinyonn_lib.selection.selector import Selector
 
 FAMILIES = ("olmoe", "granitemoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "lfm2_moe")
-COMBINED = {"contrastive": 2.0, "log_perplexity": -3.0, "intercept": 0.5}
+COMBINED = {"combined": {"contrastive": 2.0, "log_perplexity": -3.0, "intercept": 0.5}}
 UNITS = (0.5, 2.0)
 
 
@@ -194,13 +194,13 @@ def test_columns(olmoe: Any, tokenizer: Any, make_texts: Callable[..., list[str]
     front = ["source_dataset", "source_index", "tokens", *SCORES]
     given = rows(make_texts(3))
     selector = selected(olmoe, tokenizer)
-    assert list(Scorer(selector)(given)[0]) == [*front, "combined", "random", "perplexity", "ifd"]
+    assert list(Scorer(selector)(given)[0]) == [*front, "random", "combined", "perplexity", "ifd"]
     assert list(Scorer(selector, baselines=False)(given)[0]) == [*front, "random"]
     assert "combined" not in Scorer(replace(selector, combined={}))(given)[0]
     table, bad = Scorer(selector)([])
     assert len(table) == 0
     assert bad == []
-    assert list(table) == [*front, "combined", "random", "perplexity", "ifd"]
+    assert list(table) == [*front, "random", "combined", "perplexity", "ifd"]
 
 
 def test_rows_that_cannot_be_scored_are_told(olmoe: Any, tokenizer: Any) -> None:

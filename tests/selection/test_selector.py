@@ -142,7 +142,7 @@ def test_a_base_that_went_away_is_named_and_may_be_given(
     selector, folder = warmed(base), tmp_path / "epoch_1"
     save(selector, folder, str(base))
     base.rename(tmp_path / "away")
-    with pytest.raises(BenchError, match=rf"{base}, which is not there: .*base=.*full=true"):
+    with pytest.raises(BenchError, match=rf"{base}, which is not there: .*move it back.*full=true"):
         load_selector(folder)
     assert_same(selector, load_selector(folder, base=str(tmp_path / "away")), rows(make_texts))
 

@@ -129,7 +129,7 @@ def _require_hub(names: Sequence[str]) -> None:
         hub.require_hub("cais/mmlu", "dataset")
     except BenchError as error:
         if "mmlu" in names:
-            raise
+            raise BenchError(f"{error} As mmlu=FOLDER.") from error
         raise BenchError(
             f"The task '{names[0]}' comes from the hub, which is not reachable from here. Offline there are "
             "bits_per_byte, cloze, and mmlu with a folder of its CSV files."

@@ -118,11 +118,12 @@ def score_correlations(table: pd.DataFrame) -> go.Figure:
         height=180 + 30 * len(order), margin={"t": 86, "b": 76}, legend=BELOW,
     )  # fmt: skip
     figure.update_annotations(font_size=13)
-    strongest = table.loc[table.groupby("with", sort=False)["spearman"].apply(lambda each: each.abs().idxmax())]
+    known = table.dropna(subset=["spearman"])
+    strongest = known.loc[known.groupby("with", sort=False)["spearman"].apply(lambda each: each.abs().idxmax())]
     said = ", ".join(
         f"with {row[1]} {row[0]} ({row[2]:+.2f})" for row in strongest[["score", "with", "spearman"]].values
     )
-    return describe(figure, f"Strongest rank correlation: {said}.", table)
+    return describe(figure, f"Strongest rank correlation: {said or 'none is known'}.", table)
 
 
 def selection_overlap(table: pd.DataFrame) -> go.Figure:

@@ -172,7 +172,12 @@ def _plain(options: Mapping[str, Any]) -> dict[str, str]:
 
 def _told(progress: Progress, number: int, steps: int, trainings: int, name: str) -> Progress:
     """The steps of one training as some of those of all."""
-    return lambda done, _, note: progress(number * steps + done, steps * trainings, f"{name}, {note}" if note else name)
+
+    def told(done: int, _: int, note: str) -> None:
+        said = f"{note}, {name}" if note.startswith("going on") else f"{name}, {note}" if note else name
+        progress(number * steps + done, steps * trainings, said)
+
+    return told
 
 
 def _write(path: Path | None, loss: Loss, history: pd.DataFrame) -> None:

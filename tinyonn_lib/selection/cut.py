@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -102,6 +103,19 @@ def cut(folder: Path, by: str, share: float, parquet: Path, jsonl: Path | None, 
     nan = np.isnan(ranking.quality)
     found = len(twins.found) if twins else 0
     return Cut(len(kept), int(kept.sum()), reasons, found, int(nan.sum()), int((nan & kept).sum()))
+
+
+def check(folder: Path, names: Sequence[str]) -> None:
+    """Say what `cut` would say of these rankings, before anything is written.
+
+    Raises:
+        BenchError: as `cut`.
+    """
+    parts = Parts.asked(folder).finished()
+    with tempfile.TemporaryDirectory() as place:
+        reasons = _reject(parts, Path(place) / REJECTED)
+    for name in names:
+        rank_rows(parts, name, reasons)
 
 
 def _reject(parts: Sequence[Path], path: Path) -> dict[str, int]:

@@ -83,7 +83,7 @@ def writing(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write under, which becomes `path` at the end: a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # several processes may write the same at once
+    part = path.with_name(f".{path.name}.part")  # one name: a kill leaves at most one behind
     try:
         yield part
         part.replace(path)
@@ -149,8 +149,10 @@ class Parts:
     def end(self, chunks: int) -> None:
         """Note how many chunks the data has."""
         if _read(self.folder / _END) != {"chunks": chunks}:
-            with writing(self.folder), replacing(self.folder / _END) as part:
-                part.write_text(json.dumps({"chunks": chunks}) + "\n")
+            own = self.folder / f".{_END}.{os.getpid()}"  # every process may be the one that comes to the end
+            with writing(self.folder):
+                own.write_text(json.dumps({"chunks": chunks}) + "\n")
+                own.replace(self.folder / _END)
 
     def complete(self) -> bool:
         """Nothing is left to score."""

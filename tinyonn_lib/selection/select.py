@@ -13,11 +13,11 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import hub
 from tinyonn_lib.lm.files import records
 from tinyonn_lib.progress import Progress
-from tinyonn_lib.selection.cut import Cut, cut
+from tinyonn_lib.selection.cut import Cut, check, cut
 from tinyonn_lib.selection.parts import BYTES, IDS, REASON, Parts, content
 from tinyonn_lib.selection.rows import Bad, Row, rows
 
-__all__ = ["Cut", "cut", "score"]
+__all__ = ["Cut", "check", "cut", "score"]
 
 _CHUNK_CHARACTERS = 32_000_000  # so many end a chunk early: what it takes in memory does not depend on the rows
 

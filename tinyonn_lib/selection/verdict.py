@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.selection import judge
 from tinyonn_lib.selection.cut import Cut
 from tinyonn_lib.selection.scores import RANKINGS, SCORES
+from tinyonn_lib.selection.scoring import Scorer
 from tinyonn_lib.selection.selector import Selector
 
 PLAIN = ("perplexity", "perplexity_fitted", "length", "longest", "random")
@@ -38,12 +40,14 @@ def epoch_folder(folder: Path, epoch: int) -> str:
     return f"epoch_{epoch}" if epoch else found[-1]
 
 
-def usable(selector: Selector, ranking: str, ratio: float) -> str:
-    """The ranking, if this selector gives it.
+def usable(selector: Selector, ranking: str, options: Mapping[str, Any]) -> str:
+    """The ranking, if this selector gives it with these options of `Scorer`.
 
     Raises:
-        BenchError: it was calibrated with another share of trash experts, or not at all.
+        BenchError: as `Scorer`, or it was calibrated with another share of trash experts, or not at all.
     """
+    Scorer(selector, **options)
+    ratio = options["ratio"]
     if ranking == "combined" and not (selector.combined and selector.about.get("ratio") == ratio):
         raise BenchError(
             f"score=combined needs a selector that was warmed up with trash_expert_ratio={ratio} (this one: "
