@@ -73,11 +73,13 @@ class Scorer:
         """
         model = selector.model
         limit = int(model.config.get_text_config().max_position_embeddings) - 1  # the start token takes a place
-        if not 0 <= length <= limit or batch_tokens < 1:
+        if not 0 <= length <= limit:
             raise BenchError(
-                f"length {length} and batch_tokens {batch_tokens} do not fit: this model takes 1 to {limit} tokens of "
-                "text (0: as many as it takes), and a batch has at least one."
+                f"length={length} is more than fits, for this model takes 1 to {limit} tokens of text: choose 1 to "
+                f"{limit}, or 0 for all of it."
             )
+        if batch_tokens < 1:
+            raise BenchError(f"batch_tokens={batch_tokens} holds no token: choose at least 1.")
         if trash not in ("last", "calibrated"):
             raise BenchError(f"trash={trash} is unknown: choose last or calibrated.")
         if trash == "calibrated" and not selector.gap:
