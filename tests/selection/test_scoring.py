@@ -213,8 +213,9 @@ def test_rows_that_cannot_be_scored_are_told(olmoe: Any, tokenizer: Any) -> None
     model_limit, _ = Scorer(selected(olmoe, tokenizer))([Row("a", 0, "x" * 63)])
     assert model_limit["tokens"].tolist() == [63]  # with the start token the model's 64
     assert Scorer(selected(olmoe, tokenizer))([Row("a", 0, "x" * 64)])[1] == [Bad("a", 0, "too long: 64 tokens")]
-    for wrong in ({"length": 64}, {"length": -1}, {"batch_tokens": 0}):
-        with pytest.raises(BenchError, match="this model takes 1 to 63 tokens"):
+    too_long = "this model takes 1 to 63 tokens"
+    for wrong, line in (({"length": 64}, too_long), ({"length": -1}, too_long), ({"batch_tokens": 0}, "no token")):
+        with pytest.raises(BenchError, match=line):
             Scorer(selected(olmoe, tokenizer), **wrong)
 
 
