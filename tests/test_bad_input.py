@@ -1,25 +1,20 @@
-"""Bad input through the real command: one clear line, exit 1, no manifest, nothing earlier harmed."""
+"""Bad parameters, texts, models and servers through the real command: one clear line, exit 1, no manifest."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 import torch
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import hub, load, texts, tokenizer
@@ -27,85 +22,14 @@ from tinyonn_lib.scan.server import find_server, socket_path
 from tinyonn_lib.workbench import params, runs
 from tinyonn_lib.workbench.phases import PHASES
 
-from . import tiny
-
-
-@dataclass(frozen=True)
-class Case:
-    """A command in a run of its own, whose earlier phases are the finished run's, and what its one line must say."""
-
-    phase: str
-    arguments: tuple[str, ...]
-    says: tuple[str, ...]
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def bad(phase: str, *arguments: object, says: tuple[str, ...], **environment: str) -> Case:
-    return Case(phase, tuple(map(str, arguments)), says, environment)
-
-
-def cells(phase: str, overrides: list[str]) -> None:
-    """A phase's notebook, cell by cell in this process: what the command does, without its kernel."""
-    notebook = load_notebook_node(str(PHASES[phase].notebook))
-    notebook = parameterize_notebook(notebook, params.compose(PHASES[phase], overrides), kernel_name="python3")
-    namespace: dict[str, Any] = {"In": []}
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            namespace["In"].append(cell.source)
-            exec(cell.source, namespace)
-
-
-def mixture(home: Path) -> Path:
-    """A mixture of experts that is nobody's work, with the tokenizer of `pretrain`: spares the phases that make one."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    torch.manual_seed(0)
-    made = load.load_tokenizer(str(home / "runs/default/pretrain/model"))
-    shape = OlmoeConfig(
-        vocab_size=len(made), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
-        bos_token_id=made.bos_token_id, eos_token_id=made.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
-    OlmoeForCausalLM(shape).save_pretrained(home / "moe")
-    made.save_pretrained(home / "moe")
-    return home / "moe"
+from .mistakes import bad, call, finished, one_line, refused
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Run `default`, finished but for experts and router: their notebooks' cells, run here to spare seven kernels."""
-    folder = tmp_path_factory.mktemp("bad")
-    overrides = tiny.overrides(tiny.write_texts(folder / "texts.jsonl"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYONN_HOME", str(folder))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.delenv("TINYONN_BATCH", raising=False)
-        for name in ("pretrain", "scan", "cluster", "selector", "select", "target", "evaluate"):
-            own = [o.removeprefix(f"{name}.") for o in overrides if o.startswith(f"{name}.")]
-            cells(name, [*own, f"model={mixture(folder)}"] if name == "selector" else own)
+    """Run `default` with what the first four phases read."""
+    with finished(tmp_path_factory.mktemp("bad"), "pretrain", "scan", "cluster") as folder:
         yield folder
-
-
-def fingerprints(home: Path) -> dict[str, str]:
-    files = [path for path in (home / "runs/default").rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path): runs.sha256(path) for path in files}
-
-
-def call(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    surrounding = tiny.environment(home) | environment
-    return subprocess.run(
-        tiny.command(*arguments), env=surrounding, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
-    assert done.returncode == 1, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("tinyonn: ")
-    for said in says:
-        assert said in lines[0]
-    assert "Traceback" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -206,13 +130,6 @@ def locked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def silent() -> Iterator[int]:
-    """The port of something that accepts connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
-        yield server.getsockname()[1]
-
-
-@pytest.fixture
 def nobody() -> int:
     """A port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -265,88 +182,9 @@ def test_each_gives_one_clear_line(
         "magic": bad("experts", "methods='sp magic'", says=("no partition method 'magic'", "expertweaver")),
         "pool": bad("experts", "experts=4", "methods=sp", "pool=100", says=("100 experts of 8", "there are 128")),
         "choice": bad("cluster", f"choice={tmp_path}/cut.jsonl", says=("not a table of layer and neuron",)),
-        "dense": bad(
-            "selector", f"model={home}/runs/default/pretrain/model", says=("no router", "02_scan to 05_router", "OLMoE")
-        ),
-        "no_selector": bad("select", f"selector={tmp_path}/gpt2", says=("gpt2 holds no selector.json", "epoch_1")),
-        "mmlu": bad(
-            "evaluate", "tasks=mmlu", says=("cannot be reached", "--repo-type dataset cais/mmlu"), **unreachable
-        ),
     }
-
-    def run(name: str) -> subprocess.CompletedProcess[str]:
-        case = cases[name]
-        return call(home, case.phase, f"run={name}", "base=default", *case.arguments, **case.environment)
-
-    before = fingerprints(home)
-    with ThreadPoolExecutor(2) as pool:
-        answers = dict(zip(cases, pool.map(run, cases), strict=True))
-    for name, done in answers.items():
-        with subtests.test(name):
-            one_line(done, *cases[name].says)
-            assert "secret" not in done.stdout + done.stderr
-            folder = home / "runs" / name / cases[name].phase
-            assert (folder / "notebook.ipynb").is_file(), "the partial notebook stays"
-            assert not list(folder.glob("*manifest.json*"))
-    assert fingerprints(home) == before
+    refused(home, cases, subtests)
     assert taken.read_text() == "precious"
-
-
-CHOOSING = {  # name → (phase, arguments, what its line says); {} is the home, {t} a folder with bad files
-    "missing model": ("selector", ["model=/no/such"], "No such file or folder: /no/such"),
-    "hub model": ("selector", ["model=owner/name"], "hf download owner/name"),
-    "one expert too few": ("selector", ["model={}/moe", "trash_expert_ratio=0.125"], "between 0.25 and 0.75"),
-    "long passages": ("selector", ["model={}/moe", "length=32"], "length=32 is more .* choose 1 to 31"),
-    "large step": ("selector", ["model={}/moe", "batch=1000"], r"1\d\d passages are too few .* batch=1000"),
-    "bad texts": ("selector", ["model={}/moe", "texts={t}/bad.jsonl"], "bad.jsonl holds no text"),
-    "no texts": ("selector", ["model={}/moe", "texts={t}/none.jsonl"], "No such file or folder: .*none.jsonl"),
-    "epoch": ("select", ["epoch=9"], "epoch=9: 06_selector left epoch_1, epoch_2"),
-    "no rows": ("select", ["texts={t}/none.jsonl"], "No such file or folder: .*none.jsonl"),
-    "empty": ("select", ["texts={t}/empty.jsonl"], "No row .* could be scored .1 x empty file."),
-    "bad rows": ("select", ["texts={t}/bad.jsonl"], "1 x broken UTF-8, 1 x empty, 1 x not JSON, 1 x not text"),
-    "column": ("select", ["texts={}/texts.jsonl", "column=body"], "600 x not text.: check the column"),
-    "hub rows": ("select", ["texts=owner/data"], "hf download --repo-type dataset owner/data"),
-    "no prompts": ("select", ["score=ifd"], "'ifd' is not a number for any row .ifd needs prompts."),
-    "package": ("select", ["pool_packages='networkx no_such_package'"], "Package 'no_such_package' is not installed"),
-    "ratio": ("select", ["trash_expert_ratio=0.1"], "0.1 of 4 experts .*: choose between 0.25 and 0.75"),
-    "long rows": ("select", ["length=32"], "length=32 is more .* choose 1 to 31"),
-    "targets": ("target", ["targets='q_proj nonsense'"], "'nonsense' is no linear layer .*: choose from .*q_proj"),
-    "context": ("target", ["length=64"], "Blocks of 64 tokens exceed the model's 32"),
-    "base": ("target", ["model={t}"], "holds no config.json"),
-    "hub base": ("target", ["model=owner/name"], "hf download owner/name"),
-    "held out": ("target", ["heldout_texts={t}/none.jsonl"], "No such file or folder: .*none.jsonl"),
-    "rows in a batch": ("target", ["processes=3"], "multiple of 3"),
-    "narrow": ("target", ["dtype=nf4"], "NF4 needs widths that are multiples of 64"),
-    "task": ("evaluate", ["tasks=nonsense"], "'nonsense' .* Offline there are bits_per_byte, cloze, and mmlu"),
-    "no task": ("evaluate", ["tasks="], "No task to evaluate: name at least one"),
-    "mmlu folder": ("evaluate", ["tasks=mmlu", "mmlu=/no/such"], "No folder /no/such: give MMLU's folder"),
-    "mmlu files": ("evaluate", ["tasks=mmlu", "mmlu={t}"], r"holds no test/\*_test.csv"),
-    "examples": ("evaluate", ["tasks='bits_per_byte mmlu'"], "cais/mmlu"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CHOOSING)
-def test_choosing_data_gives_one_clear_line(home: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "bad.jsonl").write_bytes(b'{"text": ""}\n{"text": 3}\n{"text": "\xff\xfe"}\n{nope}\n')
-    phase, arguments, says = CHOOSING[name]
-    sizes = [o.removeprefix(f"{phase}.") for o in tiny.overrides(home / "texts.jsonl") if o.startswith(f"{phase}.")]
-    given = [argument.replace("{}", str(home)).replace("{t}", str(tmp_path)) for argument in arguments]
-    run, before = name.replace(" ", "_"), fingerprints(home)
-    with pytest.raises(BenchError, match=says) as error:
-        cells(phase, [*sizes, f"run={run}", "base=default", *given])
-    assert "\n" not in str(error.value)
-    assert fingerprints(home) == before
-    assert not (home / "runs" / run / phase / "manifest.json").exists()
-
-
-def test_a_mistake_before_the_work_leaves_the_result_that_stands(home: Path) -> None:
-    before = fingerprints(home)
-    for phase, mistake in (("select", "epoch=9"), ("target", "targets=nonsense"), ("selector", "model=/no/such")):
-        sizes = [o.removeprefix(f"{phase}.") for o in tiny.overrides(home / "texts.jsonl") if o.startswith(f"{phase}.")]
-        with pytest.raises(BenchError):
-            cells(phase, [*sizes, mistake])
-        assert fingerprints(home) == before
 
 
 @pytest.mark.parametrize(
@@ -363,85 +201,3 @@ def test_a_hub_that_never_answers_costs_seconds(
     with pytest.raises(BenchError, match=f"cannot be reached from here.*hf download {way}"):
         loads("owner/name")
     assert time.monotonic() - began < hub.PROBE_SECONDS + 1
-
-
-def test_a_damaged_artefact_of_an_earlier_phase(home: Path, tmp_path: Path) -> None:
-    """One flipped byte, with size and time as they were."""
-    shutil.copytree(home / "runs/default/pretrain", tmp_path / "runs/default/pretrain")
-    weights = tmp_path / "runs/default/pretrain/model/model.safetensors"
-    data, stat = bytearray(weights.read_bytes()), weights.stat()
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    one_line(
-        call(tmp_path, "scan"), "pretrain/model/model.safetensors is not what pretrain wrote", "`tinyonn pretrain`"
-    )
-    assert not (tmp_path / "runs/default/scan/manifest.json").exists()
-    assert (tmp_path / "runs/default/pretrain/manifest.json").exists()
-
-
-def test_a_second_process_on_the_same_run_is_told_and_harms_nothing(home: Path) -> None:
-    first = subprocess.Popen(
-        tiny.command("scan", "run=first", "base=default", "tokens=1500", "length=48", "rho=0.06"),
-        env=tiny.environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while not (home / "runs/first/scan/notebook.ipynb").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        done = call(home, "all", "run=first")
-        assert first.poll() is None, "too late to disturb it"
-        one_line(done, "Another tinyonn is working on run 'first'", "run=NAME")
-        assert first.communicate(timeout=120)[1] == ""
-        assert first.returncode == 0
-    finally:
-        first.kill()
-        first.wait()
-    manifests = [json.loads((home / f"runs/{run}/scan/manifest.json").read_text()) for run in ("default", "first")]
-    # rho is in none of them. The first was scanned in this process: its memory may be aligned otherwise, which changes
-    # the last bits of matrix products.
-    assert manifests[1]["metrics"] == pytest.approx(manifests[0]["metrics"], rel=1e-7)
-
-
-FULL: dict[int, tuple[str, bool]] = {  # kilobytes → the line, whether a result stands
-    60: ("when its disk is full", False),  # the server's own file fills it
-    200: ("No space left on the disk of", False),  # the notebook and the artefacts fill it
-    800: ("No space left on the disk of", True),  # all artefacts fit; the page does not, which loses nothing
-}
-
-
-def test_a_disk_that_fills_up(home: Path, subtests: pytest.Subtests) -> None:
-    """Real, tiny disks for one run each, in mount namespaces that are gone afterwards."""
-    enter = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
-    folders = {size: home / f"runs/full{size}" for size in FULL}
-    mounts = {size: f"mount -t tmpfs -o size={size}k tmpfs {folder}" for size, folder in folders.items()}
-    for folder in folders.values():
-        folder.mkdir()
-    if not shutil.which("unshare") or subprocess.run([*enter, "sh", "-c", mounts[60]], capture_output=True).returncode:
-        pytest.skip("this machine lets us mount no small disk (needs Linux with unshare as root or user namespaces)")
-
-    def run(size: int) -> subprocess.CompletedProcess[str]:
-        script = f'{mounts[size]} && {{ "$@"; code=$?; ls -A {folders[size]}/scan; exit $code; }}'
-        arguments = tiny.command("scan", f"run=full{size}", "base=default", "tokens=3000")
-        return subprocess.run(
-            [*enter, "sh", "-c", script, "sh", *arguments],
-            env=tiny.environment(home), capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-
-    before = fingerprints(home)
-    with ThreadPoolExecutor(len(FULL)) as pool:
-        answers = dict(zip(FULL, pool.map(run, FULL), strict=True))
-    for size, done in answers.items():
-        with subtests.test(kilobytes=size):
-            one_line(done, FULL[size][0], "make room")
-            left = done.stdout.splitlines()
-            assert "notebook.ipynb" in left
-            assert ("manifest.json" in left) is FULL[size][1]
-            assert not [name for name in left if name.endswith(".part")], "half a file would keep the disk full"
-    assert fingerprints(home) == before
-
-
-def test_a_place_that_cannot_hold_runs(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("precious")
-    one_line(call(tmp_path / "file", "pretrain"), "Not a directory", str(tmp_path / "file"), "TINYONN_HOME")
-    assert (tmp_path / "file").read_text() == "precious"

@@ -1,8 +1,9 @@
-"""Tiny mixtures of every kind the bench knows, their routers loud enough to tell tokens apart; a tiny tokenizer."""
+"""Tiny mixtures of every kind the bench knows, their routers loud enough to tell tokens apart; what goes with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tinyonn_lib.lm.tokenizer import train_bpe
 from tinyonn_lib.selection.routers import routers
+
+from .cuts import write
+from .warmed_selectors import based
 
 torch.set_num_threads(1)
 
@@ -92,3 +96,19 @@ def sentences(count: int, seed: int = 0, least: int = 2, most: int = 9) -> list[
 @pytest.fixture(scope="session")
 def make_texts() -> Callable[..., list[str]]:
     return sentences
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """99 rows, 1 too long, 1 empty, 1 not text, 1 broken, 1 torn, in two files."""
+    source = write(
+        tmp_path / "data", b=[f"text {n}" for n in range(60)], a=[f"über {n}" for n in range(39)] + [" ", "zzz"]
+    )
+    with (tmp_path / "data" / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": 5}\n{"text": "\xff"}\n{"text": "to')
+    return source
+
+
+@pytest.fixture
+def base(tmp_path: Path, make_moe: Callable[..., Any], tokenizer: Any) -> Path:
+    return based(tmp_path / "models/base", make_moe, tokenizer)

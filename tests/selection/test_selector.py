@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import load
 from tinyonn_lib.selection.routers import Watch, routers
 from tinyonn_lib.selection.rows import Row
 from tinyonn_lib.selection.scoring import Scorer
-from tinyonn_lib.selection.selector import FILE, WEIGHTS, Selector, in_float32, load_selector, of, save
+from tinyonn_lib.selection.selector import FILE, WEIGHTS, Selector, in_float32, load_selector, save
+
+from .warmed_selectors import based, warmed
 
 FAMILIES = ("olmoe", "granitemoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "lfm2_moe")
-COMBINED = {
-    "combined": {"contrastive": 0.1 + 0.2, "log_mass": -1 / 3, "log_perplexity": -3.0, "intercept": 0.5},
-    "perplexity_fitted": {"log_perplexity": -1 / 7, "log_perplexity_squared": 0.1, "intercept": 1.0},
-}
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def based(folder: Path, make_moe: Callable[..., Any], tokenizer: Any, kind: str = "olmoe", seed: int = 0) -> Path:
-    """A model on disk."""
-    make_moe(kind, seed).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def warmed(base: Path, dtype: load.Dtype = "float32") -> Selector:
-    """A selector of that model, its routers moved by less than bfloat16 can hold, as a training does."""
-    start = of(load.load_model(str(base), dtype, "cpu"), load.load_tokenizer(str(base)))
-    make = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for layer in start.layers:
-            for rows in (layer.weight, layer.bias):
-                if rows is not None:
-                    rows += 1e-3 * torch.randn(rows.shape, generator=make)
-    gap = tuple(torch.randn(layer.experts, generator=make) for layer in start.layers)
-    units = tuple(1 / (3 + place) for place in range(len(gap)))
-    return replace(start, units=units, gap=gap, combined=COMBINED, about={"loss": "contrastive"})
 
 
 def rows(make_texts: Callable[..., list[str]]) -> list[Row]:
@@ -62,11 +37,6 @@ def assert_same(one: Selector, other: Selector, given: list[Row]) -> None:
         assert mine["perplexity_fitted"].notna().all()
         assert ("combined" in mine) == (trash == "last")
     assert (one.units, one.combined, one.about) == (other.units, other.combined, other.about)
-
-
-@pytest.fixture
-def base(tmp_path: Path, make_moe: Callable[..., Any], tokenizer: Any) -> Path:
-    return based(tmp_path / "models/base", make_moe, tokenizer)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -185,82 +155,6 @@ def test_a_selector_that_was_loaded_can_be_saved_again(
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
     assert json.loads((tmp_path / "one" / FILE).read_text()) == json.loads((tmp_path / "two" / FILE).read_text())
     assert_same(selector, load_selector(tmp_path / "two"), rows(make_texts))
-
-
-def edited(folder: Path, **fields: Any) -> None:
-    note = json.loads((folder / FILE).read_text()) | fields
-    (folder / FILE).write_text(json.dumps({name: value for name, value in note.items() if value is not ...}))
-
-
-def without(folder: Path, key: str) -> None:
-    save_file({name: row for name, row in load_file(folder / WEIGHTS).items() if name != key}, folder / WEIGHTS)
-
-
-def truncated(path: Path, part: float) -> None:
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(part * len(whole))])
-
-
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no note": (lambda f: (f / FILE).unlink(), "holds no selector.json: give a selector's folder"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "is damaged"),
-    "weights cut off": (lambda f: truncated(f / WEIGHTS, 0.6), "is damaged"),
-    "weights empty": (lambda f: truncated(f / WEIGHTS, 0), "is damaged"),
-    "note cut off": (lambda f: truncated(f / FILE, 0.5), "is damaged"),
-    "note no UTF-8": (lambda f: (f / FILE).write_bytes(b"\xff\xfe{}"), "is damaged"),
-    "note a list": (lambda f: (f / FILE).write_text("[1]"), "is damaged"),
-    "note empty": (lambda f: (f / FILE).write_text("{}"), "is damaged"),
-    "format": (lambda f: edited(f, format=2), "has format 2, not 1: warm the selector up again"),
-    "no units": (lambda f: edited(f, units=..., combined=...), "lacks combined, units: warm"),
-    "no base": (lambda f: edited(f, base=...), "lacks base: warm"),
-    "no router": (lambda f: without(f, "model.layers.1.mlp.gate.weight"), "no rows for model.layers.1.mlp.gate.weight"),
-    "half of the gaps": (lambda f: without(f, "gap.0"), "warm"),
-    "units of another": (lambda f: edited(f, units=[1.0]), "warm"),
-    "a file": (lambda f: (shutil.rmtree(f), f.write_text("x")), "holds no selector.json"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_damaged_folder_is_refused_in_one_line(case: str, base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "epoch_1"
-    save(warmed(base), folder, str(base))
-    damage, line = BROKEN[case]
-    damage(folder)
-    with pytest.raises(BenchError, match=line) as error:
-        load_selector(folder)
-    assert "\n" not in str(error.value)
-    assert str(folder) in str(error.value)
-
-
-def test_what_cannot_be_written_is_told_in_one_line(base: Path, tmp_path: Path) -> None:
-    selector = warmed(base)
-    (tmp_path / "taken").write_text("x")
-    with pytest.raises(BenchError, match="Cannot write the selector"):
-        save(selector, tmp_path / "taken/epoch_1", str(base))
-    folder, (soft, hard) = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
-    for most in (500, 2000):  # in the middle of the rows
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # as if the disk were full from there on
-        try:
-            with pytest.raises(BenchError, match="Cannot write the selector .*disk full"):
-                save(selector, folder, str(base))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        with pytest.raises(BenchError, match="holds no selector.json"):
-            load_selector(folder)
-
-
-def test_a_write_that_failed_leaves_no_selector_of_two_halves(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Saved over an older one, killed in between: new rows with an old note would load and be wrong."""
-    selector, folder = warmed(base), tmp_path / "epoch_1"
-    save(selector, folder, str(base))
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            save(replace(selector, units=(9.0, 9.0)), folder, str(base))
-    with pytest.raises(BenchError, match="holds no selector.json"):
-        load_selector(folder)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
