@@ -19,7 +19,7 @@ import pandas as pd
 from harness import Bar, Row, main
 
 from tinyonn_lib.lm import load
-from tinyonn_lib.selection import embedded, judge, known, warmup
+from tinyonn_lib.selection import calibrate, embedded, judge, known, warmup
 from tinyonn_lib.selection.bootstrap import Array, Weights, intervals
 from tinyonn_lib.selection.corrupt import CORRUPTIONS
 from tinyonn_lib.selection.selector import Selector
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     learn, _ = known.halves(
         run.table("pretrain", "texts.parquet"), tok, learn=args.rows, judge=1, length=longest, seed=0
     )
-    cold = warmup.cold(model, tok, learn)
+    cold = calibrate.cold(model, tok, learn)
     fresh, _ = embedded.pool(
         ("networkx", "pandas"), cold, rows=args.judge_rows, length=0, dirt=0.0, heldout=0.05, seed=1
     )

@@ -20,14 +20,17 @@ from torch.nn import functional as F
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import load
 from tinyonn_lib.lm.judge import start_token
-from tinyonn_lib.selection import judge, known, warmup
+from tinyonn_lib.selection import warmup
+from tinyonn_lib.selection.calibrate import cold
+from tinyonn_lib.selection.pairs import Pairs
 from tinyonn_lib.selection.routers import Watch, routers
 from tinyonn_lib.selection.scores import trash_experts
-from tinyonn_lib.selection.selector import Selector, in_float32
-from tinyonn_lib.selection.warmup import Pairs, Recipe, warm_up, warm_up_all
+from tinyonn_lib.selection.selector import in_float32
+from tinyonn_lib.selection.warmup import warm_up, warm_up_all
+
+from .warmups import RECIPE, passages, trained
 
 FAMILIES = ("glm4_moe", "qwen2_moe", "olmoe", "gpt_oss")
-RECIPE = Recipe(corruptions=("byte_noise", "word_shuffle"), ratio=0.25, epochs=2, batch=8, lr=0.1)
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,14 +43,6 @@ def folders(make_moe: Callable[..., Any], tokenizer: Any, tmp_path_factory: pyte
         make_moe(kind).save_pretrained(found[kind])
         tokenizer.save_pretrained(found[kind])
     return found
-
-
-def passages(make_texts: Callable[..., list[str]], number: int = 40, seed: int = 0) -> pd.DataFrame:
-    return pd.DataFrame({"text": make_texts(number, seed=seed, least=6)})
-
-
-def trained(model: Any, tokenizer: Any, texts: pd.DataFrame, recipe: Recipe, **more: Any) -> list[Selector]:
-    return [selector for _, selector, _ in warm_up(model, tokenizer, texts, recipe, **more)]
 
 
 def rows_of(model: Any) -> list[torch.Tensor]:
@@ -188,23 +183,6 @@ def test_the_documents_loss_is_masked_cross_entropy(
     assert float(warmup._language(model)(batch)) == pytest.approx(total, rel=1e-5)
 
 
-def test_batches_are_a_pure_function_of_their_step(tokenizer: Any, make_texts: Callable[..., list[str]]) -> None:
-    texts, recipe = passages(make_texts, 19), replace(RECIPE, batch=4)
-    one, other = Pairs(tokenizer, texts, recipe), Pairs(tokenizer, texts, recipe)
-    seen = []
-    for step in (5, 0, 3, 1, 2):
-        for name, value in one(step).items():
-            assert torch.equal(value, other(step)[name])
-        if step < 4:
-            seen += [tuple(row.tolist()) for row in one(step)["clean"]]
-    stripped = {tuple(token for token in row if token != start_token(tokenizer)) for row in seen}
-    assert len(stripped) == 16  # an epoch of four steps shows 16 of 19, none twice
-    assert any(not torch.equal(one(step)["clean"], one(step + 4)["clean"]) for step in range(4))
-    batch = one(0)
-    assert batch["bad_mask"].sum(1).max() <= one._longest  # noise has more tokens: it is cut
-    assert not torch.equal(batch["clean"][:, :9], batch["bad"][:, :9])
-
-
 def test_every_epoch_has_steps_of_its_own(
     make_moe: Callable[..., Any], tokenizer: Any, make_texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,34 +196,6 @@ def test_every_epoch_has_steps_of_its_own(
     monkeypatch.setattr(Pairs, "__call__", spy)
     trained(make_moe(), tokenizer, passages(make_texts), RECIPE)
     assert steps == list(range(8))
-
-
-def auroc(selector: Selector, table: pd.DataFrame, name: str = "contrastive") -> float:
-    found = judge.auroc(known.scored(selector, table, ratio=0.25), [name], groups=table["source"])
-    return float(found[found["corruption"] == judge.MEAN]["auroc"].iloc[0])
-
-
-@pytest.mark.parametrize("kind", ["olmoe", "glm4_moe"])
-def test_a_contrast_is_learned(
-    kind: str, make_moe: Callable[..., Any], tokenizer: Any, make_texts: Callable[..., list[str]]
-) -> None:
-    model, texts = make_moe(kind), passages(make_texts, 80)
-    unseen = passages(make_texts, 60, seed=5).assign(source="x")
-    table = known.paired(unseen, tokenizer, 63, 0, ("byte_noise",))
-    before = auroc(warmup.cold(model, tokenizer, texts), table)
-    recipe = replace(RECIPE, corruptions=("byte_noise",), epochs=4)
-    *_, after = trained(model, tokenizer, texts, recipe)
-    assert auroc(after, table) > max(0.8, before + 0.3)
-    assert auroc(after, table, "combined") > 0.8
-    # More probability on trash experts for corrupted text: in the gaps, too.
-    trash = trash_experts([len(gap) for gap in after.gap], 0.25)
-    for gap, bad in zip(after.gap, trash, strict=True):
-        assert float(gap[bad].sum()) > 0 > float(gap[~bad].sum())
-        assert float(gap.sum()) == pytest.approx(0, abs=1e-5)
-    perplexity = {"log_perplexity", "log_perplexity_squared", "intercept"}
-    assert after.combined.keys() == {"combined", "perplexity_fitted"}
-    assert after.combined["combined"].keys() == {"contrastive", "log_mass"} | perplexity
-    assert after.combined["perplexity_fitted"].keys() == perplexity
 
 
 class StopHere(Exception):
@@ -422,35 +372,6 @@ def test_refused(
 def test_a_dense_model_is_refused_with_the_phases_that_make_an_moe(
     make_moe: Callable[..., Any], tokenizer: Any, make_texts: Callable[..., list[str]]
 ) -> None:
-    for call in (warm_up, warmup.cold):
+    for call in (warm_up, cold):
         with pytest.raises(BenchError, match=r"no router: .*02_scan to 05_router.*OLMoE"):
             list(call(make_moe("qwen3"), tokenizer, passages(make_texts), *([RECIPE] if call is warm_up else [])))  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("value", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["olmoe", "glm4_moe"])
-def test_a_router_that_tells_no_expert_from_another_is_refused(
-    kind: str, value: float, make_moe: Callable[..., Any], tokenizer: Any, make_texts: Callable[..., list[str]]
-) -> None:
-    model = make_moe(kind)
-    row = value * torch.randn(32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        routers(model)[1].weight.copy_(row.expand_as(routers(model)[1].weight))
-    with pytest.raises(BenchError, match=r"^The router of layer 1 gives all experts the same logit.*05_router"):
-        trained(model, tokenizer, passages(make_texts), RECIPE)
-
-
-def test_prompts_are_kept_for_wrong_answers(tokenizer: Any) -> None:
-    answers = ["router", "neuron", "expert", "layer", "token", "model"]
-    texts = pd.DataFrame({"prompt": [f"{n} scans splits " for n in range(6)]})
-    texts["text"] = texts["prompt"] + answers
-    pairs = Pairs(tokenizer, texts, replace(RECIPE, corruptions=("wrong_answer",), batch=6))
-    for step in range(5):
-        batch = pairs(step)
-        clean, bad = (
-            [tokenizer.decode(ids[mask]) for ids, mask in zip(batch[name], batch[f"{name}_mask"], strict=True)]
-            for name in ("clean", "bad")
-        )
-        for good, worse in zip(clean, bad, strict=True):
-            assert good != worse
-            assert good.rsplit(" ", 1)[0] == worse.rsplit(" ", 1)[0]

@@ -42,8 +42,8 @@ def token_scores(logits: Tensor, trash: Tensor, unit: float) -> dict[str, Tensor
     Args:
         logits: raw, z, `(…, E)`.
         trash: which experts are trash, `(E,)`, boolean; at least one is and one is not.
-        unit: the layer's logits are measured in it (`warmup.units_of`): the softmax meant here is sharper than that of
-            a model whose gates are one. 1 gives the model's own.
+        unit: the layer's logits are measured in it (`calibrate.units_of`): the softmax meant here is sharper than that
+            of a model whose gates are one. 1 gives the model's own.
     """
     good = (~trash).to(logits.dtype)
     level = logits - logits.mean(-1, keepdim=True)

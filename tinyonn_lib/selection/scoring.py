@@ -26,6 +26,9 @@ from tinyonn_lib.selection.rows import Bad, Row
 from tinyonn_lib.selection.scores import SCORES, text_scores, trash_experts
 from tinyonn_lib.selection.selector import Selector
 
+CALLED = "called_"
+"""How the columns begin that tell which experts a text calls."""
+
 CPU_TOKENS = 1024
 """A CPU's batches are no larger: what a layer hands on then stays in its cache."""
 
@@ -57,6 +60,7 @@ class Scorer:
         batch_tokens: int = 8192,
         seed: int = 0,
         baselines: bool = True,
+        calls: bool = False,
     ) -> None:
         """Prepare.
 
@@ -67,6 +71,7 @@ class Scorer:
             batch_tokens: of a forward pass, padding included; a longer text is one alone.
             seed: of the random baseline.
             baselines: perplexity and IFD; without them there are no such columns, and no `combined`.
+            calls: tell which experts a text calls: `called_LAYER_EXPERT`, see `called`.
 
         Raises:
             BenchError: a dense model, or an argument out of range.
@@ -91,6 +96,8 @@ class Scorer:
         gap = selector.gap if trash == "calibrated" else None
         self._trash = [chosen.to(device) for chosen in trash_experts(experts, ratio, gap)]
         self._selector, self._device, self._seed, self._baselines = selector, device, seed, baselines
+        every = [f"{CALLED}{layer}_{expert}" for layer, count in enumerate(experts) for expert in range(count)]
+        self._columns = [*SCORES, *(every if calls else ())]
         # Weights of scores hold for the trash experts that they were measured with.
         about = selector.about
         alike = trash == "last" and about.get("ratio", ratio) == ratio
@@ -136,9 +143,9 @@ class Scorer:
                 "source_index": np.array([row.source_index for row in kept], np.int64),
                 "tokens": counts,
             }
-            | dict(zip(SCORES, measured.T, strict=False))
+            | dict(zip(self._columns, measured.T, strict=False))
         )
-        whole, answer, alone = measured.T[len(SCORES) :]
+        whole, answer, alone = measured.T[len(self._columns) :]
         table["random"] = [uniform(self._seed, row.source_dataset, row.source_index) for row in kept]
         if self._baselines:
             likely = whole / counts
@@ -173,7 +180,7 @@ class Scorer:
         return found
 
     def _measured(self, texts: Sequence[_Text]) -> NDArray[np.float64]:
-        """Per text: the scores, nats of all its tokens, of its answer, and of the answer without its prompt, which is
+        """Per text: `_columns`, nats of all its tokens, of its answer, and of the answer without its prompt, which is
         0 where there is no prompt or no answer."""
         shards = default_shards(self._device)
         pairs = [place for place, text in enumerate(texts) if 0 < text.given < len(text.ids) - 1]
@@ -196,7 +203,7 @@ class Scorer:
             raise BenchError(
                 f"Not enough memory to score {self._batch_tokens} tokens at a time: lower batch_tokens."
             ) from error
-        found = np.zeros((len(texts), len(SCORES) + 3))
+        found = np.zeros((len(texts), len(self._columns) + 3))
         for (places, again), values in zip(jobs, results, strict=True):
             if again:
                 found[places, -1] = values[:, -1]
@@ -205,7 +212,7 @@ class Scorer:
         return found
 
     def _forward(self, texts: Sequence[_Text], answers_only: bool) -> Tensor:
-        """Scores, nats of the text and nats of the answer, `(B, 6)`, float64, on the device."""
+        """`_columns`, nats of the text and nats of the answer, side by side per text, float64, on the device."""
         lengths = torch.tensor([len(text.ids) for text in texts])
         width = int(lengths.max())
         ids = torch.tensor([text.ids + [text.ids[0]] * (width - len(text.ids)) for text in texts])
@@ -231,8 +238,23 @@ class Scorer:
         if answers_only:
             return torch.stack(columns, 1)
         real[:, 0] = False  # the start token is no token of the text
-        scores = text_scores(self._watch.logits, real.to(self._device), self._trash, self._selector.units)
-        return torch.stack([*(scores[name].double() for name in SCORES), *columns], 1)
+        logits, mask, units = self._watch.logits, real.to(self._device), self._selector.units
+        scores = text_scores(logits, mask, self._trash, units)
+        found = torch.stack([scores[name].double() for name in SCORES], 1)
+        if len(self._columns) > len(SCORES):
+            found = torch.cat([found, *called(logits, mask, units)], 1)
+        return torch.cat([found, torch.stack(columns, 1)], 1)
+
+
+def called(logits: Sequence[Tensor], mask: Tensor, units: Sequence[float]) -> list[Tensor]:
+    """Per layer the share of probability that each expert has in a text, the mean over its tokens, `(B, E)`, float64.
+
+    Args:
+        logits, mask, units: as of `text_scores`; the softmax is over logits in units.
+    """
+    shares = [(layer / unit).softmax(-1).view(*mask.shape, -1) for layer, unit in zip(logits, units, strict=True)]
+    totals = [torch.where(mask[..., None], share, 0).sum(1, dtype=torch.float64) for share in shares]
+    return [total / mask.sum(1, keepdim=True) for total in totals]
 
 
 def batches(lengths: Mapping[int, int], room: int, shards: int = 1) -> list[list[int]]:

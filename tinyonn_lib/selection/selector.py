@@ -32,8 +32,8 @@ class Selector:
     Attributes:
         model: the MoE, its routers in float32.
         tokenizer: its own.
-        units: per layer, what its logits are measured in (`warmup.units_of`, before the warm-up): so every layer counts
-            alike, and routers written small as much as others.
+        units: per layer, what its logits are measured in (`calibrate.units_of`, before the warm-up): so every layer
+            counts alike, and routers written small as much as others.
         gap: per layer `(E,)`, how much more an expert is called on corrupted text (share of the probability); empty
             before a warm-up.
         combined: ranking → coefficients that tell clean from corrupted calibration text (`judge.combine`), for

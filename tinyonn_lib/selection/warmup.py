@@ -6,7 +6,6 @@ The document trains on the language model's loss alone (`loss="lm"`). Nothing in
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,33 +19,24 @@ from torch.nn import functional as F
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import load, resume
-from tinyonn_lib.lm.judge import start_token
 from tinyonn_lib.lm.threads import default_shards
 from tinyonn_lib.lm.train import fit
 from tinyonn_lib.progress import Progress
+from tinyonn_lib.selection.calibrate import calibrated, cold, rms
 from tinyonn_lib.selection.corrupt import CORRUPTIONS
-from tinyonn_lib.selection.judge import combine
-from tinyonn_lib.selection.known import apart, longest
-from tinyonn_lib.selection.pool import fitted
+from tinyonn_lib.selection.known import apart
+from tinyonn_lib.selection.pairs import Batch, Pairs
 from tinyonn_lib.selection.routers import Layer, Watch
-from tinyonn_lib.selection.rows import Row
 from tinyonn_lib.selection.scores import text_scores, trash_experts
-from tinyonn_lib.selection.scoring import Scorer
-from tinyonn_lib.selection.selector import Selector, in_float32, of, save
+from tinyonn_lib.selection.selector import Selector, in_float32, save
 
 CALIBRATION = 0.2
 """Share of the passages that is not trained on: which experts corrupted text calls, and the weight of perplexity, are
 measured on it."""
 
-SHARPNESS = 0.1
-"""A unit of logits, in spreads of the layer's logits. So sharp a softmax needs small changes of the routers: with units
-ten times as large they had to move by three times their own size, and the model's choice of experts went with them."""
-
 LEARNED = ("contrastive", "log_mass")
 """Scores by which a text is to lie above its corrupted copy: log odds alone may be paid for by tokens that are all too
 good, the log probability counts what is bad."""
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,7 @@ def warm_up(
     model.requires_grad_(False)
     for weight in params:
         weight.requires_grad_(True)
-    peaks = [recipe.lr * max(_rms(weight), 1e-8) for weight in params]
+    peaks = [recipe.lr * max(rms(weight), 1e-8) for weight in params]
     optimizer = torch.optim.AdamW([{"params": [weight]} for weight in params], weight_decay=0.0)
     tag = resume.fingerprint({"recipe": asdict(recipe), "passages": training.to_dict("list")}, [units], None)
     device = layers[0].weight.device
@@ -180,104 +170,8 @@ def warm_up_all(
     return pd.concat(tables, ignore_index=True)
 
 
-def cold(model: Any, tokenizer: Any, passages: pd.DataFrame) -> Selector:
-    """A selector as it is before any warm-up: what one is compared with.
-
-    Args:
-        passages: column `text`; the first ones tell the spread of the logits.
-    """
-    start = of(model, tokenizer)
-    for layer in start.layers:
-        never = (layer.weight == 0).all(1)
-        if never.any() and not never.all():
-            raise BenchError(
-                f"The router {layer.name} has {int(never.sum())} rows of zeros, experts that only fill a layer up: "
-                "scores would count them. Export with as many experts in each layer (04_experts shared_scope=fixed)."
-            )
-    ids, mask = padded(
-        tokenizer(passages["text"].head(32).tolist(), add_special_tokens=False)["input_ids"], start_token(tokenizer)
-    )
-    return replace(start, units=tuple(units_of(model, ids, mask).tolist()))
-
-
-class Pairs:
-    """Passages and their corrupted copies, step by step: all passages in a random order, then in another.
-
-    A pure function of the step: a resumed training sees what an uninterrupted one would.
-    """
-
-    def __init__(self, tokenizer: Any, passages: pd.DataFrame, recipe: Recipe) -> None:
-        self._tokenizer, self._recipe = tokenizer, recipe
-        self._texts, self._prompts, self._others = columns(passages)
-        self._start, self._steps = start_token(tokenizer), len(passages) // recipe.batch
-        self._clean: list[list[int]] = tokenizer(self._texts, add_special_tokens=False)["input_ids"]
-        self._longest = max(map(len, self._clean), default=1)
-
-    def __call__(self, step: int, device: torch.device | None = None) -> Batch:
-        """`clean`, `bad` token ids `(B, T)` with the start token in front; `clean_mask`, `bad_mask` `(B, T)`: what is
-        a token of the text."""
-        epoch, place = divmod(step, self._steps)
-        order = random.Random(f"{self._recipe.seed} {epoch}").sample(range(len(self._texts)), len(self._texts))
-        rows = order[place * self._recipe.batch : (place + 1) * self._recipe.batch]
-        rng = random.Random(f"{self._recipe.seed} step {step}")
-        bad = []
-        for row in rows:
-            kind = rng.choice(self._recipe.corruptions)
-            bad.append(CORRUPTIONS[kind](self._texts[row], self._prompts[row], rng, self._others))
-        # Noise takes many more tokens than the text had.
-        spoilt = [
-            ids[: self._longest] for ids in self._tokenizer(bad, add_special_tokens=False, verbose=False)["input_ids"]
-        ]
-        clean, clean_mask = padded([self._clean[row] for row in rows], self._start)
-        worse, bad_mask = padded(spoilt, self._start)
-        found = {"clean": clean, "bad": worse, "clean_mask": clean_mask, "bad_mask": bad_mask}
-        return {name: value.to(device or value.device) for name, value in found.items()}
-
-
 def _later(pairs: Pairs, first: int, device: torch.device, step: int) -> Batch:
     return pairs(first + step, device)
-
-
-def padded(rows: Sequence[Sequence[int]], start: int) -> tuple[Tensor, Tensor]:
-    """Token ids `(B, 1 + longest)` with a start token in front, and which positions are tokens of the text."""
-    width = 1 + max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), start), torch.zeros(len(rows), width, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        ids[place, 1 : len(row) + 1] = torch.tensor(row)
-        mask[place, 1 : len(row) + 1] = True
-    return ids, mask
-
-
-def columns(passages: pd.DataFrame) -> tuple[list[str], list[str], list[str]]:
-    """Texts, prompts ("" without), and what a wrong answer is taken from: the answers, or the texts themselves."""
-    texts = passages["text"].tolist()
-    prompts = passages["prompt"].tolist() if "prompt" in passages else [""] * len(texts)
-    return texts, prompts, [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
-
-
-@torch.no_grad()
-def units_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Per layer what its logits are measured in: `SHARPNESS` of their root mean square about their mean, `(layers,)`.
-
-    Args:
-        ids, mask: clean text, as of `padded`.
-
-    Raises:
-        BenchError: routers that tell no expert from another.
-    """
-    with Watch(model.base_model, inputs=False) as watch:
-        model.base_model(input_ids=ids.to(model.device), use_cache=False)
-        chosen = mask.flatten().to(model.device)
-        found = [_rms(logits[chosen] - logits[chosen].mean(-1, keepdim=True)) for logits in watch.logits]
-        sizes = [_rms(logits[chosen]) for logits in watch.logits]
-    same = [place for place, spread in enumerate(found) if spread <= 1e-6 * sizes[place]]  # rounding, no spread
-    if same:
-        raise BenchError(f"The router of layer {same[0]} gives all experts the same logit: train it first (05_router).")
-    return SHARPNESS * torch.tensor(found, dtype=torch.float64)
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.detach().double().square().mean().sqrt())
 
 
 def _contrast(
@@ -316,48 +210,3 @@ def _language(model: Any) -> Callable[[Batch], Tensor]:
         return ((each * mask).sum(1) / mask.sum(1)).mean()
 
     return loss
-
-
-def calibrated(selector: Selector, passages: pd.DataFrame, recipe: Recipe) -> Selector:
-    """Which experts corrupted text calls, and how `contrastive` and perplexity go together best.
-
-    Args:
-        passages: not trained on; each is seen clean and corrupted, in the kinds that were trained on.
-    """
-    texts, prompts, others = columns(passages)
-    rng = random.Random(f"{recipe.seed} calibration")
-    kinds = [recipe.corruptions[place % len(recipe.corruptions)] for place in range(len(texts))]
-    bad = [
-        CORRUPTIONS[kind](text, prompt, rng, others) for kind, text, prompt in zip(kinds, texts, prompts, strict=True)
-    ]
-    limit = longest(selector.model)
-    bad = fitted(pd.DataFrame({"text": bad}), selector.tokenizer, limit)["text"].tolist()
-    gap = [worse - better for worse, better in zip(_called(selector, bad), _called(selector, texts), strict=True)]
-    scorer = Scorer(selector, ratio=recipe.ratio, seed=recipe.seed)
-    kind_of = {"clean": [""] * len(texts), "bad": kinds}
-    rows = [
-        Row(name, place, text) for name, many in (("clean", texts), ("bad", bad)) for place, text in enumerate(many)
-    ]
-    table, _ = scorer(rows)
-    known = zip(table["source_dataset"], table["source_index"], strict=True)
-    table["corruption"] = [kind_of[name][at] for name, at in known]
-    weights = {"combined": combine(table), "perplexity_fitted": combine(table, ())}
-    return replace(selector, gap=tuple(gap), combined=weights)
-
-
-@torch.no_grad()
-def _called(selector: Selector, texts: Sequence[str], batch: int = 32) -> list[Tensor]:
-    """Per layer the mean share of probability that each expert has, `(E,)`, by softmax over logits in units."""
-    ids = sorted(selector.tokenizer(list(texts), add_special_tokens=False)["input_ids"], key=len)
-    start, body = start_token(selector.tokenizer), selector.model.base_model
-    totals: list[Tensor] = []
-    with Watch(body, inputs=False) as watch:
-        for first in range(0, len(ids), batch):
-            rows, mask = padded(ids[first : first + batch], start)
-            body(input_ids=rows.to(selector.model.device), use_cache=False)
-            shares = [
-                (logits[mask.flatten()] / unit).softmax(-1).sum(0).cpu()
-                for logits, unit in zip(watch.logits, selector.units, strict=True)
-            ]
-            totals = [total + share for total, share in zip(totals, shares, strict=True)] if totals else shares
-    return [total / total.sum() for total in totals]
