@@ -69,7 +69,7 @@ AMIDST: dict[str, Callable[[Path], bool]] = {
     "experts": lambda folder: (folder / "checkpoint/model.safetensors").exists(),  # exported, not yet proven
     "router": lambda folder: any(folder.glob(".resume/*/trained_router.pt")),
     "selector": lambda folder: any(folder.glob(".resume/*/warm_0_1.pt")),
-    "select": lambda folder: any(folder.glob(".resume/*/chunks/*/0*.parquet")),  # the first of four
+    "select": lambda folder: any(folder.glob(".kept/*/0*.parquet")),  # the first of four
     "target": lambda folder: any(folder.glob(".resume/*/contest/*.npz")),  # the first training
     "evaluate": lambda folder: (folder / "tasks/cloze.jsonl").exists(),
 }

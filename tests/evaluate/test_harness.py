@@ -84,7 +84,8 @@ def test_progress_counts_documents_to_the_end(tasks: list[Task], bpe: Any, table
     harness.run(table, bpe, tasks, limit=10, batch=2, progress=lambda done, total, note: told.append((done, total)))
     assert told[-1] == (20, 20)
     assert told == sorted(told)
-    assert len({done for done, _ in told}) > 5
+    assert len(told) > 5
+    assert len(set(told)) == len(told)  # a reporter prints the last one as a line
 
 
 def test_quiet_and_leaves_logging_as_it_was(
@@ -113,6 +114,40 @@ def test_hub_tasks_without_a_hub_fail_before_anything_is_loaded(
         with pytest.raises(BenchError, match=message):
             call()
     assert time.monotonic() - began < 30  # not the minutes of retries
+
+
+@pytest.mark.parametrize(
+    ("names", "folder", "probed"),
+    [
+        (["mmlu"], "", ["cais/mmlu"]),
+        (["hellaswag"], "", ["any"]),
+        (["mmlu", "hellaswag"], "", ["cais/mmlu"]),
+        (["mmlu", "hellaswag"], "here", ["any"]),
+        (["mmlu"], "here", []),
+    ],
+)
+def test_only_what_is_asked_of_the_hub_is_probed(
+    names: list[str], folder: str, probed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The hub answers, but has no MMLU."""
+    asked: list[str] = []
+
+    def status(url: str) -> int:
+        asked.append("cais/mmlu" if url.endswith("/api/datasets/cais/mmlu") else "any")
+        return 404 if "mmlu" in url else 200
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("tinyonn_lib.lm.hub._status", status)
+    task = Task({"task": "mmlu_law"}, {})
+    monkeypatch.setattr("tinyonn_lib.evaluate.mmlu.tasks", lambda folder, fewshot: [task])
+    if "cais/mmlu" in probed:
+        with pytest.raises(BenchError, match=r"no dataset 'cais/mmlu'.*As mmlu=FOLDER"):
+            harness.named(names, mmlu_folder=folder)
+    else:
+        assert harness.named(names, mmlu_folder=folder) == [task if n == "mmlu" else n for n in names]
+    assert asked == probed
 
 
 def test_limit_and_batch_below_one_are_refused(tasks: list[Task], bpe: Any, table: Table) -> None:

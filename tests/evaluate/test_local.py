@@ -61,6 +61,17 @@ def test_same_seed_same_files_and_they_read_back(texts: pd.DataFrame, bpe: Any, 
     assert one != three
 
 
+def test_only_what_is_named_is_built_and_is_the_same_alone(texts: pd.DataFrame, bpe: Any, tmp_path: Path) -> None:
+    both = local.build(texts, bpe, tmp_path / "both", **SIZES)
+    for name, task in zip(local.NAMES, both, strict=True):
+        assert local.build(texts, bpe, tmp_path / name, ["mmlu", name], **SIZES) == [task]
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == [f"{name}.jsonl", f"{name}.yaml"]
+    # What only the cloze test needs is not asked of bits per byte.
+    short = texts.assign(text=texts["text"].str[:20])
+    [task] = local.build(short, bpe, tmp_path / "short", ["bits_per_byte"], **SIZES | {"context": LENGTH})
+    assert len(task.documents["test"]) == 20
+
+
 def test_bits_per_byte_is_our_own(texts: pd.DataFrame, bpe: Any, tmp_path: Path) -> None:
     from tinyonn_lib.lm.models import new_model
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.load import context_length
 from tinyonn_lib.selection.corrupt import CORRUPTIONS
-from tinyonn_lib.selection.known import SHORTEST, as_rows, draw, halves, longest, paired, scored
+from tinyonn_lib.selection.known import MOST, SHORTEST, as_rows, draw, halves, longest, paired, scored
+from tinyonn_lib.selection.outcome_target import sizes
 from tinyonn_lib.selection.pool import mixed
 from tinyonn_lib.selection.selector import Selector
 
@@ -127,6 +130,30 @@ def test_short_documents_beside_instructions_do_no_harm(asked: Path, tokenizer: 
     assert (len(learn), len(judge)) == (30, 10)
 
 
+def test_rows_left_out_are_counted(asked: Path, tokenizer: Any, make_texts: Callable[..., list[str]]) -> None:
+    bad = ['{"text": ""}', '{"text": " "}', '{"text": 7}', '{"other": "x"}', '{"output": "x"}', '{"text": "router"}']
+    with asked.open("a") as file:
+        file.write("\n".join(bad) + "\n")
+        for text in documents(make_texts, 10):
+            file.write(json.dumps({"text": text}) + "\n")
+    left: dict[str, int] = {}
+    plan: dict[str, Any] = {"learn": 60, "judge": 20, "length": LENGTH, "seed": 0}
+    told = halves(str(asked), tokenizer, **plan, left_out=left)
+    assert list(left.items()) == [
+        ("not text", 3),
+        ("empty", 2),
+        (f"no passage of 16 to {LENGTH} tokens", 1),
+        ("too long", 1),
+    ]
+    for one, other in zip(told, halves(str(asked), tokenizer, **plan), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    left = {}
+    clean = asked.with_name("clean.jsonl")
+    clean.write_text("\n".join(asked.read_text().splitlines()[:60]) + "\n")
+    halves(str(clean), tokenizer, **plan, left_out=left)
+    assert left == {}
+
+
 def test_documents_and_instructions_together(asked: Path, tokenizer: Any, make_texts: Callable[..., list[str]]) -> None:
     with asked.open("a") as file:
         for text in documents(make_texts, 10):
@@ -190,6 +217,15 @@ def test_longest(olmoe: Any) -> None:
     assert longest(olmoe, 5) == 5
     with pytest.raises(BenchError, match="^length=64 is more than this model takes: choose 1 to 63"):
         longest(olmoe, 64)
+
+
+def test_a_model_that_names_no_limit() -> None:
+    """As recurrent ones."""
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
+    model = SimpleNamespace(config=config)
+    assert context_length(model) is None
+    assert longest(model) == MOST - 1
+    assert sizes(model) == {"length": MOST, "context": 256, "continuation": 64}
 
 
 def test_scored_keeps_source_and_corruption_though_rows_are_left_out(

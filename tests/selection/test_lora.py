@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,22 @@ def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(BenchError, match="does not fit this model"):
         load_adapter(dense(), tmp_path)
+
+
+@pytest.mark.parametrize("how", ["adapt", "load"])
+def test_bitsandbytes_is_quiet_before_peft_imports_it(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    monkeypatch.setitem(sys.modules, "peft", None)
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.raises(ImportError):
+            adapt(dense(), Lora(), 0) if how == "adapt" else load_adapter(dense(), tmp_path)
+        assert logger.level == logging.ERROR
+    finally:
+        logger.setLevel(before)
 
 
 def test_targets() -> None:

@@ -15,6 +15,7 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import samples
 from tinyonn_lib.selection import contest as contest_module
 from tinyonn_lib.selection.contest import Contest, contest
+from tinyonn_lib.selection.target import train
 
 from .target_parts import dense, rows, sentences
 
@@ -135,6 +136,29 @@ def test_goes_on_after_a_kill(
         names = set(tmp_path.iterdir())
         contest(model, tokenizer, {"good": rows(60)}, held, folder=tmp_path, **PLAN | {"tokens": 128} | change)
         assert len(set(tmp_path.iterdir()) - names) == 2
+
+
+def test_a_training_that_was_done_is_judged_and_not_done_again(
+    tokenizer: Any, held: pd.DataFrame, found: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {name: value for name, value in PLAN.items() if name != "seeds"}
+    tuned = train(dense(), tokenizer, rows(60), seed=1, **options)
+    once, done = contest_module.train_blocks, list[int]()
+    monkeypatch.setattr(contest_module, "train_blocks", lambda *a, **k: done.append(k["seed"]) or once(*a, **k))
+    told: list[tuple[int, int]] = []
+    selections = {"good": rows(60), "few": rows(5, seed=2)}
+    again = contest(dense(), tokenizer, selections, held, trained={("good", 1): tuned},
+                    progress=lambda *n: told.append(n[:2]), **PLAN)  # fmt: skip
+    assert done == [0, 0, 1]
+    assert told[-1] == (75, 75)
+    expected = found.history[found.history["label"].isin(["good", "few"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again.history, expected, check_exact=True)
+    for label in selections:
+        for mine, theirs in zip(again.contenders[label].losses, found.contenders[label].losses, strict=True):
+            assert np.array_equal(mine.nats, theirs.nats)
+    for pair, change in ((("few", 1), {}), (("good", 1), {"tokens": 128}), (("bad", 0), {})):
+        with pytest.raises(BenchError, match=f"^The training given for '{pair[0]} {pair[1]}' is not one of this"):
+            contest(dense(), tokenizer, selections, held, trained={pair: tuned}, **PLAN | change)
 
 
 def test_refused(tokenizer: Any, held: pd.DataFrame) -> None:

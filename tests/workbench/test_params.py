@@ -171,6 +171,21 @@ def test_parameters_are_read_from_their_cells_alone() -> None:
     assert assigned(cells) == {"tokens": 2000, "name": "x"}
 
 
+@pytest.mark.parametrize(
+    ("phase", "overrides", "line"),
+    [
+        ("router", ["batch=8", "accumulate=3"], "batch=8 must be a multiple of accumulate=3"),
+        ("target", ["batch=8", "accumulate=3"], "batch=8 must be a multiple of accumulate=3"),
+        ("router", ["dtype=nf4", "lr_experts=0.1"], "quantised experts cannot train"),
+        ("target", ["dtype=nf4", "processes=2"], "a 4-bit base trains in one process"),
+    ],
+)
+def test_what_trainings_share_and_what_each_adds(phase: str, overrides: list[str], line: str) -> None:
+    with pytest.raises(BenchError, match=f"^{phase}: {line}"):
+        params.compose(PHASES[phase], overrides)
+    assert params.compose(PHASES[phase], ["batch=8", "accumulate=2"])["accumulate"] == 2
+
+
 def test_rule_over_several_keys_is_one_clear_line() -> None:
     with pytest.raises(BenchError, match=r"^pretrain: heads=3 must be a multiple of kv_heads=2\.$"):
         params.compose(PHASES["pretrain"], ["heads=3", "kv_heads=2"])

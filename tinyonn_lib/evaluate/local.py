@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def build(
     texts: pd.DataFrame,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
+    names: Sequence[str] = NAMES,
     *,
     length: int,
     documents: int = 100,
@@ -36,7 +38,7 @@ def build(
     choices: int = 4,
     seed: int = 0,
 ) -> list[Task]:
-    """Write the documents of both tasks, with their YAML files, and return the tasks.
+    """Write the documents of the tasks named, with their YAML files, and return these tasks.
 
     A cloze question is the beginning of a document, its own continuation, and continuations of other documents from
     other sources. Each is cut from the same place of its document and to about the same length, so that only what it
@@ -46,6 +48,7 @@ def build(
         texts: held-out documents, columns `text` and `source`.
         tokenizer: the model's: every document and every question fits the model.
         folder: gets bits_per_byte.jsonl, cloze.jsonl, and a .yaml of the same name for each.
+        names: some of `NAMES`; other names are passed over.
         length: the model's limit in tokens.
         documents: at most this many for bits per byte.
         questions: at most this many for the cloze test.
@@ -57,7 +60,7 @@ def build(
         BenchError: lengths that do not fit, or too few documents for one question.
     """
     # One token of the limit is the BOS or EOS before a document's first.
-    if context < 2 or continuation < 2 or context + continuation >= length:
+    if "cloze" in names and (context < 2 or continuation < 2 or context + continuation >= length):
         raise BenchError(
             f"A cloze question of {context} + {continuation} tokens does not fit a model of {length}: shorten it."
         )
@@ -68,32 +71,35 @@ def build(
     # One document of each source, then a second of each, …: an interval is as good as the number of sources in it.
     drawn = drawn.iloc[drawn.groupby("source").cumcount().argsort(kind="stable")]
     cutter = _Cutter(tokenizer)
-    whole = [
-        {"text": cut, "source": str(source)}
-        for text, source in zip(drawn["text"][:documents], drawn["source"][:documents], strict=True)
-        if (cut := cutter.front(text, length - 1))
-    ]
-    parts = []
-    for text, source in zip(drawn["text"], drawn["source"], strict=True):
-        if pair := cutter.pair(text, context, continuation):
-            parts.append((*pair, str(source)))
-    asked = _questions(parts, questions, choices, rng)
+    made: dict[str, list[dict[str, Any]]] = {}
+    if "bits_per_byte" in names:
+        made["bits_per_byte"] = [
+            {"text": cut, "source": str(source)}
+            for text, source in zip(drawn["text"][:documents], drawn["source"][:documents], strict=True)
+            if (cut := cutter.front(text, length - 1))
+        ]
+    if "cloze" in names:
+        parts = []
+        for text, source in zip(drawn["text"], drawn["source"], strict=True):
+            if pair := cutter.pair(text, context, continuation):
+                parts.append((*pair, str(source)))
+        made["cloze"] = _questions(parts, questions, choices, rng)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(NAMES, (whole, asked), strict=True):
+    for name, rows in made.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         (folder / f"{name}.yaml").write_text(shipped_text(name), encoding="utf-8")
-    return tasks(folder)
+    return tasks(folder, list(made))
 
 
-def tasks(folder: str | Path) -> list[Task]:
-    """The tasks that `build` wrote into a folder.
+def tasks(folder: str | Path, names: Sequence[str] = NAMES) -> list[Task]:
+    """Some of the tasks that `build` wrote into a folder.
 
     Raises:
         BenchError: a file is missing or damaged.
     """
-    return [Task(shipped(name), {"test": _rows(Path(folder) / f"{name}.jsonl")}, group="source") for name in NAMES]
+    return [Task(shipped(name), {"test": _rows(Path(folder) / f"{name}.jsonl")}, group="source") for name in names]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ class Scorer(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")
         self._documents, self._report, self._lock = documents, progress, threading.Lock()
         self.cut: set[str] = set()
-        self._before, self._kind, self._rows, self._of = 0, "", 0, 1
+        self._before, self._kind, self._rows, self._of, self._told = 0, "", 0, 1, 0
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         self._begin("loglikelihood")
@@ -87,7 +87,7 @@ class Scorer(HFLM):
         with self._lock:
             self._rows += len(inps)
             share = self._documents[self._kind] * min(self._rows / self._of, 1.0)
-            self._report(self._before + int(share), self._documents.total())
+            self._tell(self._before + int(share))
         return logits
 
     def _begin(self, kind: str) -> None:
@@ -95,5 +95,11 @@ class Scorer(HFLM):
 
     def _end(self, found: Any) -> Any:
         self._before += self._documents[self._kind]
-        self._report(self._before, self._documents.total())
+        self._tell(self._before)
         return found
+
+    def _tell(self, done: int) -> None:
+        """Once: the last batch of a kind has brought its documents, and so has its end."""
+        if done > self._told:
+            self._told = done
+            self._report(done, self._documents.total())

@@ -49,21 +49,39 @@ def require_hub(hub_id: str, what: str) -> None:
         f"On a connected machine run 'hf download{kind} {hub_id} --local-dir {name}', copy the folder here and "
         f"give its path instead."
     )
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if _offline():
         raise BenchError(f"No local folder '{hub_id}', and HF_HUB_OFFLINE is set, so the hub is not asked. {offline}")
+    answer = _asked(f"{constants.ENDPOINT}/api/{what}s/{hub_id}")
+    if answer is None:
+        raise BenchError(f"No local folder '{hub_id}', and the hub cannot be reached from here. {offline}")
+    if answer in (401, 403, 404):
+        raise BenchError(
+            f"The hub has no {what} '{hub_id}' that we may read (status {answer}): check the spelling, or log in "
+            "with 'hf auth login' if it is gated."
+        )
+
+
+def reachable() -> bool:
+    """Whether the hub answers anything within about four seconds; False if HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    return not _offline() and _asked(constants.ENDPOINT) is not None
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _asked(url: str) -> int | None:
+    """The status that comes back, None if none does in time."""
     answer: list[int | None] = [None]
-    url = f"{constants.ENDPOINT}/api/{what}s/{hub_id}"
     # A thread, because the look-up of a name obeys no timeout.
     probe = threading.Thread(target=lambda: answer.__setitem__(0, _status(url)), daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
-    if answer[0] is None:
-        raise BenchError(f"No local folder '{hub_id}', and the hub cannot be reached from here. {offline}")
-    if answer[0] in (401, 403, 404):
-        raise BenchError(
-            f"The hub has no {what} '{hub_id}' that we may read (status {answer[0]}): check the spelling, or log in "
-            "with 'hf auth login' if it is gated."
-        )
+    return answer[0]
 
 
 def _status(url: str) -> int | None:

@@ -86,6 +86,19 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
         raise BenchError(f"Cannot load a tokenizer from {path_or_id}: {_one_line(error)}") from error
 
 
+def context_length(model: Any) -> int | None:
+    """Tokens that a model takes at once; None where its config names no limit, such as a recurrent model's."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def quiet_bitsandbytes() -> None:
+    """To be called before anything imports bitsandbytes, as PEFT does.
+
+    It looks for optional CPU kernels at import and reports at warning level that they are missing.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def pick_device(device: str) -> torch.device:
     """ "auto" is the GPU if there is one; anything else must be available here.
 
@@ -128,8 +141,7 @@ def _one_line(error: Exception) -> str:
 def _nf4_options(place: torch.device) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BenchError("dtype=nf4 needs the extra 'nf4': pip install 'tinyonn[nf4]', or choose bfloat16.")
-    # bitsandbytes looks for optional CPU kernels at import and reports at warning level that they are missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if place.type == "cuda" else torch.float32

@@ -22,7 +22,7 @@ from tinyonn_lib.lm import resume
 from tinyonn_lib.lm.load import Dtype, load_model
 from tinyonn_lib.progress import Progress
 from tinyonn_lib.selection.packing import pack, steps_for
-from tinyonn_lib.selection.target import train_blocks
+from tinyonn_lib.selection.target import Tuned, train_blocks
 
 BASE = "base"
 
@@ -93,8 +93,8 @@ class Contest:
 def contest(
     model: Any, tokenizer: Any, selections: Mapping[str, pd.DataFrame], held: pd.DataFrame, *, tokens: int,
     seeds: Sequence[int] = (0, 1, 2), length: int = 128, batch: int = 8, kinds: Mapping[str, str] | None = None,
-    dtype: Dtype = "float32", device: str = "auto", folder: Path | None = None, progress: Progress | None = None,
-    **options: Any,
+    trained: Mapping[tuple[str, int], Tuned] | None = None, dtype: Dtype = "float32", device: str = "auto",
+    folder: Path | None = None, progress: Progress | None = None, **options: Any,
 ) -> Contest:  # fmt: skip
     """Train a LoRA on each selection with each seed, always for as many tokens, and judge it.
 
@@ -108,14 +108,16 @@ def contest(
         tokens: of each training.
         length: of a training block; held-out samples have their own.
         kinds: of some labels, for the table.
+        trained: (label, seed) → what `target.train` made of it with the same options: judged, not trained again.
         dtype, device: of a model that is loaded; see `load_model`.
         folder: for what is done and for the checkpoint: after a kill the same call goes on. Delete it when the result
             is safe.
-        progress: called with (steps done, steps of all trainings, label and seed).
+        progress: called with (steps done, steps of all trainings that are left, label and seed).
         options: of `target.train_blocks`, without an early stop.
 
     Raises:
-        BenchError: as `target.pack` and `train_blocks`, two contenders called alike, no seed, or nothing to compare.
+        BenchError: as `target.pack` and `train_blocks`, two contenders called alike, no seed, nothing to compare, or a
+            `trained` one of other rows or another number of steps.
     """
     if not selections or not len(seeds) or BASE in selections:
         raise BenchError(f"A contest needs selections, none of them called '{BASE}', and at least one seed.")
@@ -126,10 +128,10 @@ def contest(
     options |= {"batch": batch, "steps": steps}
     start = [resume.fingerprint({}, list(loaded.parameters()), ()), [list(map(int, ids)) for ids in samples]]
     common = hashlib.sha256(json.dumps([*start, _plain(options)]).encode()).hexdigest()
-    losses: dict[str, list[Loss]] = {label: [] for label in packed}
-    histories = []
-    for number, (label, seed) in enumerate(itertools.product(packed, seeds)):
-        told = None if progress is None else _told(progress, number, steps, len(packed) * len(seeds), f"{label} {seed}")
+    results = {pair: _judged(*pair, tuned, packed, steps, samples) for pair, tuned in (trained or {}).items()}
+    left = [pair for pair in itertools.product(packed, seeds) if pair not in results]
+    for number, (label, seed) in enumerate(left):
+        told = None if progress is None else _told(progress, number, steps, len(left), f"{label} {seed}")
         blocks = packed[label]
         key = hashlib.sha256(f"{common} {seed}".encode() + blocks.numpy().tobytes()).hexdigest()[:24]
         done = folder / f"{key}.npz" if folder else None
@@ -144,15 +146,17 @@ def contest(
             told(steps, steps, "")
         if checkpoint:
             checkpoint.unlink(missing_ok=True)
-        losses[label].append(found[0])
-        histories.append(found[1].assign(label=label, seed=seed))
+        results[label, seed] = found
     contenders = {
         label: Contender(
             (kinds or {}).get(label, ""), len(selections[label]), blocks[:, 0].numel(),
-            steps * batch / len(blocks), tuple(losses[label]),
+            steps * batch / len(blocks), tuple(results[label, seed][0] for seed in seeds),
         )
         for label, blocks in packed.items()
     }  # fmt: skip
+    histories = [
+        results[label, seed][1].assign(label=label, seed=seed) for label, seed in itertools.product(packed, seeds)
+    ]
     base = evaluate.loss(loaded, samples)
     return Contest(
         base, contenders, held["source"].tolist(), steps * batch * length, pd.concat(histories, ignore_index=True)
@@ -164,6 +168,15 @@ def _packed(label: str, rows: pd.DataFrame, tokenizer: Any, length: int) -> Tens
         return pack(rows, tokenizer, length)
     except BenchError as error:
         raise BenchError(f"Selection '{label}': {error}") from error
+
+
+def _judged(
+    label: str, seed: int, tuned: Tuned, packed: Mapping[str, Tensor], steps: int, samples: Sequence[Sequence[int]]
+) -> tuple[Loss, pd.DataFrame]:
+    """What a training would bring that was done before."""
+    if label not in packed or (len(tuned.history), tuned.tokens) != (steps, packed[label][:, 0].numel()):
+        raise BenchError(f"The training given for '{label} {seed}' is not one of this contest's: give its own rows.")
+    return evaluate.loss(tuned.model, samples), tuned.history
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, str]:

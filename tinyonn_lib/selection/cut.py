@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -79,8 +78,7 @@ def cut(folder: Path, by: str, share: float, parquet: Path, jsonl: Path | None, 
         shutil.rmtree(work, ignore_errors=True)  # of a killed run
         stack.callback(shutil.rmtree, work, ignore_errors=True)
         work.mkdir()
-        listed = stack.enter_context(replacing(parquet.with_name(REJECTED))) if jsonl else work / REJECTED
-        reasons = _reject(parts, listed)
+        reasons = _reasons(parts)
         ranking = rank_rows(parts, by, reasons)
         count = wanted(share, len(ranking.order))
         twins = _Twins(ranking, stack.enter_context(Unique(unique, work / "shingles"))) if unique else None
@@ -95,6 +93,7 @@ def cut(folder: Path, by: str, share: float, parquet: Path, jsonl: Path | None, 
             if kept.sum() == count:
                 break
         if jsonl:
+            _write(stack.enter_context(replacing(parquet.with_name(REJECTED))), _rejected(parts))
             _write(stack.enter_context(replacing(parquet.with_name(SCORES))), _all_scores(ranking, kept))
             if twins:
                 pq.write_table(twins.table(), stack.enter_context(replacing(parquet.with_name(DUPLICATES))))
@@ -112,26 +111,23 @@ def check(folder: Path, names: Sequence[str]) -> None:
         BenchError: as `cut`.
     """
     parts = Parts.asked(folder).finished()
-    with tempfile.TemporaryDirectory() as place:
-        reasons = _reject(parts, Path(place) / REJECTED)
+    reasons = _reasons(parts)
     for name in names:
         rank_rows(parts, name, reasons)
 
 
-def _reject(parts: Sequence[Path], path: Path) -> dict[str, int]:
-    """List the records that were not scored; kind of reason → how many, most first."""
-    reasons: Counter[str] = Counter()
+def _reasons(parts: Sequence[Path]) -> dict[str, int]:
+    """Kind of reason → how many records were not scored for it, most first."""
+    found = Counter(reason.partition(":")[0] for part in parts for reason in rejected(part)[REASON].to_pylist())
+    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _rejected(parts: Sequence[Path]) -> Iterator[pa.Table]:
+    """The records that were not scored."""
     schema = pa.schema([(IDS[0], pa.string()), (IDS[1], pa.int64()), (REASON, pa.string())])
-
-    def tables() -> Iterator[pa.Table]:
-        yield schema.empty_table()
-        for part in parts:
-            table = rejected(part).cast(schema)
-            reasons.update(reason.partition(":")[0] for reason in table[REASON].to_pylist())
-            yield table
-
-    _write(path, tables())
-    return dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])))
+    yield schema.empty_table()
+    for part in parts:
+        yield rejected(part).cast(schema)
 
 
 def _all_scores(ranking: Ranking, kept: np.ndarray) -> Iterator[pa.Table]:

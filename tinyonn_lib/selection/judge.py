@@ -28,6 +28,9 @@ COMBINED = ("contrastive", "log_mass")
 MEAN = "mean"
 """The row of a table that is the mean over its corruptions."""
 
+UNSEEN = "unseen"
+"""Corruptions that no warm-up saw."""
+
 
 def quality(table: pd.DataFrame, name: str) -> Array:
     """A ranking's score of every row, greater is better.
@@ -80,6 +83,28 @@ def auroc_difference(
     kinds, values, counts = aurocs_by_draw(table, [quality(table, one), quality(table, other)], weights)
     found = intervals(values[0] - values[1], weights, "difference").assign(corruption=kinds, n=counts)
     return found.assign(one=one, other=other)[["one", "other", "corruption", "difference", "low", "high", "n"]]
+
+
+def together(table: pd.DataFrame, learned: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """AUROC of `combined` minus that of perplexity alone, as it is and with the same calibration: `auroc_difference`.
+
+    Args:
+        table: known rows, with the column `source`, by which they are drawn.
+        learned: corruptions that the warm-up saw.
+
+    Returns:
+        With `over`: "all kinds", and "unseen" where some were not learned.
+    """
+    unseen = table[table["corruption"].isin(["", *(set(table["corruption"]) - set(learned))])]
+    tables = {"all kinds": table} | ({UNSEEN: unseen} if (unseen["corruption"] != "").any() else {})
+    return pd.concat(
+        [
+            auroc_difference(rows, "combined", other, groups=rows["source"], seed=seed).assign(over=name)
+            for name, rows in tables.items()
+            for other in ("perplexity", "perplexity_fitted")
+        ],
+        ignore_index=True,
+    )
 
 
 def combine(table: pd.DataFrame, names: Sequence[str] = COMBINED) -> dict[str, float]:

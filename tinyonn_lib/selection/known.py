@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.load import context_length
 from tinyonn_lib.selection.corrupt import CORRUPTIONS
 from tinyonn_lib.selection.pool import fitted, passages
 from tinyonn_lib.selection.rows import Bad, Row, rows
@@ -28,7 +30,7 @@ def longest(model: Any, length: int = 0) -> int:
     Raises:
         BenchError: longer than the model takes.
     """
-    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", MOST)) - 1
+    limit = (context_length(model) or MOST) - 1
     if length > limit:
         raise BenchError(f"length={length} is more than this model takes: choose 1 to {limit}.")
     return length or min(limit, MOST)
@@ -44,12 +46,27 @@ def draw(texts: pd.DataFrame, tokenizer: Any, count: int, length: int, seed: int
     Returns:
         Columns `text` and `source`.
     """
-    found = passages(texts, tokenizer, length, max(1, round(SHORTEST * length))).drop_duplicates("text")
+    return _sample(passages(texts, tokenizer, length, _shortest(length)), count, seed)
+
+
+def _shortest(length: int) -> int:
+    return max(1, round(SHORTEST * length))
+
+
+def _sample(found: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    found = found.drop_duplicates("text")
     return found.sample(min(count, len(found)), random_state=seed).reset_index(drop=True)
 
 
 def halves(
-    source: str | pd.DataFrame, tokenizer: Any, *, learn: int, judge: int, length: int, seed: int
+    source: str | pd.DataFrame,
+    tokenizer: Any,
+    *,
+    learn: int,
+    judge: int,
+    length: int,
+    seed: int,
+    left_out: dict[str, int] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Passages to learn on and others to judge by.
 
@@ -58,6 +75,7 @@ def halves(
             heldout ones for judging; or what `rows` reads, whose passages are divided.
         learn, judge: how many of each.
         length: of the longest, tokens.
+        left_out: gets kind of reason → rows of `rows` that gave no passage, most first.
 
     Returns:
         Two tables with `text`, `source` and, if there are any, `prompt`.
@@ -72,7 +90,9 @@ def halves(
             for part, count in (("calibration", learn), ("heldout", judge))
         )
         return ours[~ours["text"].isin(others["text"])].reset_index(drop=True), others  # files share licences
-    every = _read(source, tokenizer, learn + judge, length, seed)
+    every, reasons = _read(source, tokenizer, learn + judge, length, seed)
+    if left_out is not None:
+        left_out.update(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])))
     if not (judged := min(judge, len(every) // 4)) or every["source"].nunique() < 2:
         texts = every["source"].nunique()
         raise BenchError(
@@ -98,19 +118,21 @@ def apart(passages: pd.DataFrame, count: int) -> tuple[pd.DataFrame, pd.DataFram
     return passages[~mine].reset_index(drop=True), passages[mine].reset_index(drop=True)
 
 
-def _read(source: str, tokenizer: Any, count: int, length: int, seed: int) -> pd.DataFrame:
+def _read(source: str, tokenizer: Any, count: int, length: int, seed: int) -> tuple[pd.DataFrame, Counter[str]]:
     """As `draw`, from a source of texts: documents become passages, rows with a prompt stay whole or are left out.
 
     Returns:
-        Columns `text`, `source` and `prompt`.
+        Columns `text`, `source` and `prompt`; kind of reason → rows that were left out.
 
     Raises:
         BenchError: nothing to read.
     """
     plain: list[tuple[str, str]] = []
     asked: list[tuple[str, str, str]] = []
+    left: Counter[str] = Counter()
     for row in rows(source):
         if isinstance(row, Bad):
+            left[row.reason.partition(":")[0]] += 1
             continue
         where = f"{row.source_dataset}:{row.source_index}"
         if row.prompt:
@@ -123,17 +145,23 @@ def _read(source: str, tokenizer: Any, count: int, length: int, seed: int) -> pd
         raise BenchError(f"{source} holds no text: check that it is the right file.")
     tables = []
     if plain:
+        some = 0
         try:
-            tables.append(draw(pd.DataFrame(plain, columns=["text", "source"]), tokenizer, count, length, seed))
+            pieces = passages(pd.DataFrame(plain, columns=["text", "source"]), tokenizer, length, _shortest(length))
+            some = pieces["source"].nunique()
+            tables.append(_sample(pieces, count, seed))
         except BenchError:  # all too short
             if not asked:
                 raise
+        left[f"no passage of {_shortest(length)} to {length} tokens"] += len(plain) - some
     if asked:
         known = pd.DataFrame(asked, columns=["text", "source", "prompt"]).drop_duplicates("text")
         sizes = tokenizer(known["text"].tolist(), add_special_tokens=False, verbose=False)["input_ids"]
-        tables.append(known[[len(ids) <= length for ids in sizes]])
+        fits = [len(ids) <= length for ids in sizes]
+        left["too long"] += fits.count(False)
+        tables.append(known[fits])
     found = pd.concat(tables).fillna({"prompt": ""} if asked else {})
-    return found.sample(min(count, len(found)), random_state=seed).reset_index(drop=True)
+    return found.sample(min(count, len(found)), random_state=seed).reset_index(drop=True), +left
 
 
 def paired(clean: pd.DataFrame, tokenizer: Any, length: int, seed: int, kinds: Sequence[str] = ()) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,13 @@ import torch
 from torch import nn
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.load import quiet_bitsandbytes
 from tinyonn_lib.selection.routers import routers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 ALL = "all-linear"
-
-# PEFT imports it, and it says at warning level that optional kernels for a CPU are missing.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ def adapt(model: Any, lora: Lora, seed: int, name: str = "") -> PeftModel:
     Raises:
         BenchError: no layer of a name that `lora.targets` gives, or an adapter is there already.
     """
+    quiet_bitsandbytes()
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
@@ -99,6 +97,7 @@ def load_adapter(model: Any, folder: str | Path) -> PeftModel:
     Raises:
         BenchError: no adapter there, or one of another model.
     """
+    quiet_bitsandbytes()
     from peft import PeftModel
 
     if not (Path(folder) / "adapter_config.json").is_file():

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ IDS = ("source_dataset", "source_index")
 TEXTS = ("text", "prompt")
 REASON, BYTES = "reason", "bytes"
 _ASKED, _END = "asked.json", "end.json"
+_DIGITS = 16  # of a digest
 _UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
@@ -109,11 +111,11 @@ class Parts:
         Raises:
             BenchError: cannot be written.
         """
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()[:_DIGITS]
         made = cls(folder / digest)
         with writing(folder):
             made.folder.mkdir(parents=True, exist_ok=True)
-            if _read(folder / _ASKED) != {"digest": digest}:
+            if read(folder / _ASKED) != {"digest": digest}:
                 with replacing(folder / _ASKED) as part:
                     part.write_text(json.dumps({"digest": digest}) + "\n")
         return made
@@ -125,7 +127,7 @@ class Parts:
         Raises:
             BenchError: none was.
         """
-        digest = _read(folder / _ASKED).get("digest")
+        digest = read(folder / _ASKED).get("digest")
         if not digest:
             raise BenchError(f"{folder} holds no scored rows: score a data set first.")
         return cls(folder / digest)
@@ -146,9 +148,20 @@ class Parts:
         with writing(self.folder), replacing(path) as part:
             pq.write_table(table, part, compression="zstd")
 
+    def drop_others(self) -> None:
+        """Delete the chunks of other questions in the same folder; what is not named by a digest stays.
+
+        Raises:
+            BenchError: cannot be deleted.
+        """
+        with writing(self.folder.parent):
+            for other in self.folder.parent.glob("[0-9a-f]" * _DIGITS):
+                if other != self.folder:
+                    shutil.rmtree(other)
+
     def end(self, chunks: int) -> None:
         """Note how many chunks the data has."""
-        if _read(self.folder / _END) != {"chunks": chunks}:
+        if read(self.folder / _END) != {"chunks": chunks}:
             own = self.folder / f".{_END}.{os.getpid()}"  # every process may be the one that comes to the end
             with writing(self.folder):
                 own.write_text(json.dumps({"chunks": chunks}) + "\n")
@@ -174,7 +187,7 @@ class Parts:
         return sorted(self.folder.glob("[0-9]*.parquet"))
 
     def _chunks(self) -> int | None:
-        return _read(self.folder / _END).get("chunks")
+        return read(self.folder / _END).get("chunks")
 
 
 def scored(part: Path, columns: Sequence[str] | None = None, without: Sequence[str] = ()) -> pa.Table:
@@ -199,7 +212,8 @@ def _table(part: Path, columns: Sequence[str] | None, without: Sequence[str] = (
         raise BenchError(f"The scored chunk {part} is damaged: delete it and score again.") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none, or half of one."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinyonn_lib import __version__
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import launch, worker
 from tinyonn_lib.progress import Progress
-from tinyonn_lib.selection.parts import Parts, content
+from tinyonn_lib.selection.parts import Parts, content, read
 from tinyonn_lib.selection.select import Scores, count, question, score
 
 _WHO, _AGAIN = "scoring process", "finished chunks are kept; run the same command again to go on"
@@ -52,10 +53,19 @@ class Job:
         Raises:
             BenchError: no such selector.
         """
-        base = content(self.base, "model") if self.base else ""
+        base = self.base or _base(Path(self.selector))
         return {
-            "selector": content(self.selector, "model"), "base": base, "dtype": self.dtype, "options": self.options
+            "selector": content(self.selector, "model"), "base": content(base, "model") if base else "",
+            "dtype": self.dtype, "options": self.options, "version": __version__,
         }  # fmt: skip
+
+
+def _base(selector: Path) -> str:
+    """Folder or hub id of the model that a selector names; "" if it names none."""
+    from tinyonn_lib.selection.selector import FILE
+
+    note = read(selector / FILE)
+    return str((selector / note["base"]).resolve()) if note.get("base_is_folder") else note.get("base", "")
 
 
 Make = Callable[[Job, str], Scores]
@@ -66,6 +76,7 @@ def run(
     job: Job,
     processes: int = 1,
     *,
+    scorer: Scores | None = None,
     progress: Progress | None = None,
     module: str = "",
     log: Callable[[str], None] = print,
@@ -73,9 +84,11 @@ def run(
     """Score a data set with one process, this one, or several that are started; `select.cut` goes on from there.
 
     Scores do not depend on how many there are. Called again after a kill, it goes on with the chunks that are missing.
+    Once all rows are scored, chunks of other questions in the folder are deleted.
 
     Args:
         processes: how many; with one GPU each where there are any.
+        scorer: what `make_scorer` would make of the job, if it is at hand; for this process alone.
         progress: called with (records done, records, "").
         module: what the processes run; this one by default.
         log: gets every line that a process prints.
@@ -86,11 +99,17 @@ def run(
     if processes < 1:
         raise BenchError(f"{processes} processes cannot score: choose 1 or more.")
     parts = Parts.ask(Path(job.folder), question(job.source, job.settings(), job.column, job.chunk))
-    if parts.complete():
-        return
-    if processes == 1 and not module:
-        _take(job, make_scorer, (0, 1), job.device, progress)
-        return
+    if not parts.complete():
+        if processes == 1 and not module:
+            _take(job, scorer or make_scorer(job, job.device), (0, 1), progress)
+        else:
+            _start(job, processes, parts, progress, module or "tinyonn_lib.selection.select_worker", log)
+    parts.drop_others()
+
+
+def _start(
+    job: Job, processes: int, parts: Parts, progress: Progress | None, module: str, log: Callable[[str], None]
+) -> None:
     total, told = count(job.source) if progress else 0, 0
 
     def look() -> None:
@@ -102,7 +121,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="tinyonn-") as folder:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps({"job": asdict(job), "processes": processes}))
-        command = launch.command(module or "tinyonn_lib.selection.select_worker", file, processes)
+        command = launch.command(module, file, processes)
         launch.watch(
             command, launch.environment(processes, folder), log=log, who=_WHO, again=_AGAIN, look=look
         )  # fmt: skip
@@ -126,11 +145,10 @@ def take_part(path: Path, make: Make) -> None:
             f"{processes} scoring processes were asked for and accelerate started {world}: for several on CPUs it "
             "needs --multi_gpu, too"
         )
-    _take(job, make, (rank, world), _device(job.device, local), None)
+    _take(job, make(job, _device(job.device, local)), (rank, world), None)
 
 
-def _take(job: Job, make: Make, share: tuple[int, int], device: str, progress: Progress | None) -> None:
-    scorer = make(job, device)
+def _take(job: Job, scorer: Scores, share: tuple[int, int], progress: Progress | None) -> None:
     score(
         job.source, scorer, Path(job.folder), settings=job.settings(), column=job.column, chunk=job.chunk, share=share,
         progress=progress,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import resume
-from tinyonn_lib.lm.load import Dtype, load_model
+from tinyonn_lib.lm.load import Dtype, context_length, load_model
 from tinyonn_lib.lm.record import HeldOut
 from tinyonn_lib.lm.schedule import Precision, Schedule
 from tinyonn_lib.lm.threads import default_shards, threads
@@ -222,8 +222,7 @@ def _mode(model: PeftModel, training: bool) -> None:
 
 
 def _check(model: Any, blocks: Tensor) -> None:
-    config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
+    config, most = model.config.get_text_config(), context_length(model)
     if most and blocks.shape[2] > most:
         raise BenchError(f"Blocks of {blocks.shape[2]} tokens exceed the model's {most}: choose a shorter length.")
     if int(blocks[:, 0].max()) >= config.vocab_size:

@@ -75,11 +75,17 @@ def _quiet() -> None:
     """Libraries' own bars and notes belong to their users' terminals, not into a report."""
     import os
 
-    for name, value in {
+    import torch
+
+    quiet = {
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-    }.items():
+    }
+    if not torch.cuda.is_available():
+        # transformers imports DeepSpeed to save a model, and that reports at warning level that it found no GPU.
+        quiet["DS_ACCELERATOR"] = "cpu"
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)

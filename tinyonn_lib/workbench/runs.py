@@ -31,7 +31,7 @@ from tinyonn_lib.workbench.schemas import Params
 MANIFEST = "manifest.json"
 PENDING = ".manifest.json"
 FAILED = "failed.ipynb"
-LOG = ".tensorboard"
+LOG, KEPT = ".tensorboard", ".kept"
 NOT_OUTPUTS = {MANIFEST, FAILED, "notebook.ipynb", "report.html"}
 WHOLE_HASH = 64_000_000  # bytes: larger files of the user are told apart by size and time
 # Parameters that say where and in what steps a phase works, not what it computes: a change of these keeps the result.
@@ -211,6 +211,11 @@ class Run:
         """A folder for tensorboard. It is no artefact: it holds times, and it outlives a kill."""
         return self.folder / LOG
 
+    @property
+    def kept(self) -> Path:
+        """A folder for work that other parameters can use again; whoever puts it there sees to it that it fits."""
+        return self.folder / KEPT
+
     def input(self, phase: str, name: str) -> Path:
         """An artefact of an earlier phase, file or folder, its hash checked against that phase's manifest."""
         folder, manifest = self._earlier(phase)
@@ -265,7 +270,7 @@ class Run:
         self.writing = True
         # In batch the notebook in the folder is the one that runs now; by hand it would be that of another run.
         batch = os.environ.get("TINYONN_BATCH") == self.phase.name
-        keep = {".resume", ".lock", ".before", LOG} | ({"notebook.ipynb"} if batch else set())
+        keep = {".resume", ".lock", ".before", LOG, KEPT} | ({"notebook.ipynb"} if batch else set())
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name not in keep:

@@ -5,7 +5,7 @@ Defaults live in `params/<phase>.yaml` alone.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -178,9 +178,30 @@ class Experts(Params):
     seed: Seed
 
 
-class Router(Params):
+class Training(Params):
+    """What phases take that train through `lm.train.fit`, in one process or in several."""
+
     device: str
     dtype: Literal["float32", "bfloat16", "nf4"]
+    tokens: Count
+    batch: Count
+    accumulate: Count
+    processes: Count
+    lr: Positive
+    schedule: Literal["trapezoidal", "cosine", "constant"]
+    precision: Literal["float32", "bfloat16", "auto"]
+    eval_tokens: Count
+    checkpoint_seconds: Positive
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+        return self
+
+
+class Router(Training):
     active: Fraction
     partition: str
     refine: Annotated[int, Field(ge=0, le=100)]
@@ -188,15 +209,8 @@ class Router(Params):
     variable: bool
     goal: Literal["kl", "lm"]
     warm_tokens: Annotated[int, Field(ge=0)]
-    tokens: Count
-    batch: Count
-    accumulate: Count
     length: Annotated[int, Field(ge=17)]
-    processes: Count
     strategy: Literal["ddp", "zero2"]
-    lr: Positive
-    schedule: Literal["trapezoidal", "cosine", "constant"]
-    precision: Literal["float32", "bfloat16", "auto"]
     balance: Annotated[float, Field(ge=0)]
     z_loss: Annotated[float, Field(ge=0)]
     revive: bool
@@ -204,15 +218,10 @@ class Router(Params):
     unfreeze: Fraction
     patience: Count
     fit_tokens: Count
-    eval_tokens: Count
     speed_seconds: Positive
-    checkpoint_seconds: Positive
-    seed: Seed
 
     @model_validator(mode="after")
     def _fits(self) -> Router:
-        if self.batch % self.accumulate:
-            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
         if self.dtype == "nf4" and self.lr_experts:
             raise ValueError("quantised experts cannot train: choose dtype=bfloat16 or lr_experts=0")
         return self
@@ -270,34 +279,20 @@ class Select(Params):
         return self
 
 
-class Target(Params):
-    device: str
-    dtype: Literal["float32", "bfloat16", "nf4"]
+class Target(Training):
     model: str
     heldout_texts: str
-    tokens: Count
     seeds: Annotated[int, Field(ge=1)]
     r: Count
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: str
-    lr: Positive
-    schedule: Literal["trapezoidal", "cosine", "constant"]
-    batch: Count
-    accumulate: Count
     length: Annotated[int, Field(ge=8)]
-    precision: Literal["float32", "bfloat16", "auto"]
     gradient_checkpointing: bool
-    processes: Count
     strategy: Literal["ddp", "zero2", "zero3"]
-    eval_tokens: Count
-    checkpoint_seconds: Positive
-    seed: Seed
 
     @model_validator(mode="after")
     def _fits(self) -> Target:
-        if self.batch % self.accumulate:
-            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
         if self.dtype == "nf4" and self.processes > 1:
             raise ValueError("a 4-bit base trains in one process: choose processes=1, or dtype=bfloat16")
         return self

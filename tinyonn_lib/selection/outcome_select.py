@@ -40,20 +40,20 @@ def epoch_folder(folder: Path, epoch: int) -> str:
     return f"epoch_{epoch}" if epoch else found[-1]
 
 
-def usable(selector: Selector, ranking: str, options: Mapping[str, Any]) -> str:
-    """The ranking, if this selector gives it with these options of `Scorer`.
+def usable(selector: Selector, ranking: str, options: Mapping[str, Any]) -> Scorer:
+    """What scores with this selector and these options, if that gives the ranking.
 
     Raises:
         BenchError: as `Scorer`, or it was calibrated with another share of trash experts, or not at all.
     """
-    Scorer(selector, **options)
+    scorer = Scorer(selector, **options)
     ratio = options["ratio"]
     if ranking == "combined" and not (selector.combined and selector.about.get("ratio") == ratio):
         raise BenchError(
             f"score=combined needs a selector that was warmed up with trash_expert_ratio={ratio} (this one: "
             f"{selector.about.get('ratio', 'not warmed up')}): choose that ratio, or score=contrastive."
         )
-    return ranking
+    return scorer
 
 
 def epoch_of(name: str) -> int:

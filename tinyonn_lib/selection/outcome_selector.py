@@ -1,4 +1,4 @@
-"""What the phases of data selection found, in tables and words that follow from the numbers."""
+"""What 06_selector found, in tables and words that follow from the numbers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import pandas as pd
 
 from tinyonn_lib.selection import judge
 
-LEARNED, UNSEEN = "learned", "unseen"
+LEARNED, UNSEEN = "learned", judge.UNSEEN
 BEFORE = ", before"
 """Behind the name of a score by routers that were not warmed up."""
 
 ROUTERS = ("literal", "centred", "log_mass", "contrastive")
-CONTROLS = ("perplexity", "perplexity_fitted")
 AFTER = (*ROUTERS, "combined", "perplexity", "perplexity_fitted", "length", "longest", "random")
 
 
@@ -45,30 +44,12 @@ def aurocs(before: pd.DataFrame, after: pd.DataFrame, learned: Sequence[str], se
     return pd.concat(found, ignore_index=True)
 
 
-def together(after: pd.DataFrame, learned: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """AUROC of `combined` minus that of perplexity alone, as it is and with the same calibration: `auroc_difference`.
-
-    Returns:
-        With `over`: "all kinds", and "unseen" where some were not learned.
-    """
-    unseen = after[after["corruption"].isin(["", *(set(after["corruption"]) - set(learned))])]
-    tables = {"all kinds": after} | ({UNSEEN: unseen} if (unseen["corruption"] != "").any() else {})
-    return pd.concat(
-        [
-            judge.auroc_difference(rows, "combined", other, groups=rows["source"], seed=seed).assign(over=name)
-            for name, rows in tables.items()
-            for other in CONTROLS
-        ],
-        ignore_index=True,
-    )
-
-
 def warmed(found: pd.DataFrame, gained: pd.DataFrame, gauge: pd.DataFrame, losses: Sequence[float]) -> str:
     """What 06_selector learned.
 
     Args:
         found: of `aurocs`.
-        gained: of `together`.
+        gained: of `judge.together`.
         gauge: of `judge.gauge`.
         losses: nats per token of the MoE on clean text, before and after.
     """

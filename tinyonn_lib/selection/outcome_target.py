@@ -8,8 +8,10 @@ from typing import Any
 import pandas as pd
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.load import context_length
 from tinyonn_lib.selection.contest import BASE, Contest
 from tinyonn_lib.selection.judge import MEAN
+from tinyonn_lib.selection.known import MOST
 from tinyonn_lib.selection.target import Tuned
 
 OWN = "selected"
@@ -97,7 +99,7 @@ def headline(ring: Contest, found: pd.DataFrame) -> tuple[str, str]:
 
 def sizes(model: Any) -> dict[str, int]:
     """Lengths in tokens of the questions that fit a model, for `evaluate.local.build`."""
-    length = int(model.config.get_text_config().max_position_embeddings)
+    length = context_length(model) or MOST
     return {"length": length, "context": min(length // 2, 256), "continuation": min(length // 6, 64)}
 
 
@@ -156,7 +158,7 @@ def whole(known: pd.DataFrame | None, gained: pd.DataFrame | None, follows: pd.D
     """The verdict on all four phases, in the order of the question.
 
     Args:
-        known, gained: in the pool, of `judge.auroc` and of `outcome.together`; None where the truth is not known.
+        known, gained: in the pool, of `judge.auroc` and of `judge.together`; None where the truth is not known.
         follows: of `judge.correlations`.
         found: of `duels`.
     """
