@@ -72,6 +72,7 @@ AMIDST: dict[str, Callable[[Path], bool]] = {
     "select": lambda folder: any(folder.glob(".kept/*/0*.parquet")),  # the first of four
     "target": lambda folder: any(folder.glob(".resume/*/contest/*.npz")),  # the first training
     "evaluate": lambda folder: (folder / "tasks/cloze.jsonl").exists(),
+    "kv": lambda folder: any(folder.glob(".resume/*/contest/ours*.pt")),
 }
 RESUMED = {
     "pretrain": "model: .* steps", "scan": "scan: .* samples", "router": "trained router: .* steps",

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.selection import select_worker, outcome_select
+from tinyonn_lib.selection import outcome_select, select_worker
 from tinyonn_lib.selection.select import cut
 from tinyonn_lib.selection.select_worker import Job, run
 from tinyonn_lib.selection.selector import load_selector, save

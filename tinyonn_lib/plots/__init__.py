@@ -13,6 +13,7 @@ from tinyonn_lib.plots.base import (
     stratified,
 )
 from tinyonn_lib.plots.experts import expert_means, intervals, projection, trial
+from tinyonn_lib.plots.kv import kv_after, kv_contest, kv_distributions, kv_factors, kv_similarity
 from tinyonn_lib.plots.neurons import (
     CURVE_POINTS,
     correlations,
@@ -54,6 +55,11 @@ __all__ = [
     "explorer_map",
     "intervals",
     "kept",
+    "kv_after",
+    "kv_contest",
+    "kv_distributions",
+    "kv_factors",
+    "kv_similarity",
     "loss_curves",
     "module_heat",
     "neuron_map",

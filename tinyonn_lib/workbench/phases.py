@@ -97,5 +97,13 @@ PHASES: dict[str, Phase] = {
             instead={"pretrain": ("model",)},
         ),
         Phase("evaluate", 9, "What did training on the selection change?", ("target",), schemas.Evaluate),
+        Phase(
+            "kv",
+            10,
+            "Can a student think with its teacher's memory?",
+            ("pretrain",),
+            schemas.KV,
+            instead={"pretrain": ("teacher", "student", "texts")},
+        ),
     )
 }

@@ -64,6 +64,24 @@ def _corruptions(text: str) -> str:
     return text
 
 
+def _numbers(text: str, least: float) -> str:
+    try:
+        good = all(least <= float(part) < 1 for part in text.split())
+    except ValueError:
+        good = False
+    if not text.split() or not good:
+        raise ValueError("expected learning rates below 1, separated by blanks, such as '1.0e-3 3.0e-3'")
+    return text
+
+
+def _rates(text: str) -> str:
+    return _numbers(text, 1e-12)
+
+
+def _rates_or_none(text: str) -> str:
+    return _numbers(text, 0.0)
+
+
 def _no_password(url: str) -> str:
     # Parameters end up in manifests, notebooks and reports.
     if urlsplit(url).password:
@@ -309,3 +327,38 @@ class Evaluate(Params):
     questions: Count
     batch: Count
     seed: Seed
+
+
+class KV(Params):
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+    teacher: str
+    student: str
+    texts: str
+    second: Annotated[str, StringConstraints(min_length=1)]
+    second_tokens: Count
+    tokens: Annotated[int, Field(ge=256)]
+    eval_tokens: Annotated[int, Field(ge=64)]
+    length: Annotated[int, Field(ge=8)]
+    layers: Literal["depth", "similarity"]
+    sources: Count
+    mlp_ratio: Positive
+    steps: Count
+    batch: Count
+    rates: Annotated[str, BeforeValidator(str), AfterValidator(_rates)]
+    seeds: Count
+    sweep_steps: Count
+    sweep_rates: Annotated[str, BeforeValidator(str), AfterValidator(_rates)]
+    sweep_seeds: Count
+    handover: Count
+    student_rates: Annotated[str, BeforeValidator(str), AfterValidator(_rates_or_none)]
+    checkpoint_seconds: Positive
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _handed_over(self) -> KV:
+        if self.handover > self.length - 2:
+            raise ValueError(
+                f"handover={self.handover} leaves nothing to predict: at most length - 2 = {self.length - 2}"
+            )
+        return self

@@ -1,0 +1,182 @@
+"""What 10_kv found, in tables and words that follow from the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from tinyonn_lib.evaluate import Difference
+from tinyonn_lib.kv import judge, recommend
+from tinyonn_lib.kv.cache import KVModel
+from tinyonn_lib.kv.contest import LORA, OURS, OURS_CACHES, RIDGE, RIDGE_TRAINED, Contest, Texts
+from tinyonn_lib.kv.document import document
+from tinyonn_lib.kv.projector import KVDimensionProjector
+
+
+def facts(models: dict[str, KVModel], texts: Texts) -> dict[str, Any]:
+    """Whose caches, how wide, and of how much text."""
+    found: dict[str, Any] = {}
+    for name, model in models.items():
+        size = model.widths
+        found[f"cache of the {name}"] = (
+            f"{size.layers} layers × {size.heads} KV head{'s' * (size.heads > 1)} × {size.head_dim} = {size.width} wide"
+        )
+    for name, caches in (("learn from", texts.train), ("choose by", texts.validation), ("judge on", texts.heldout)):
+        found[f"texts to {name}"] = f"{len(caches):,} of {int(caches.mask.sum()):,} tokens"
+    return found
+
+
+def beside(measured: pd.DataFrame) -> pd.DataFrame:
+    """The document's table and ours, line by line; each ratio by its configuration with the least validation loss.
+
+    Args:
+        measured: the table of `sweep.sweep`.
+    """
+    said = document().dropna(subset=["parameters"])
+    chosen = measured.loc[measured.fillna({"mlp_ratio": 0}).groupby("mlp_ratio")["validation"].idxmin()]
+    ours = chosen.fillna({"mlp_ratio": 0}).set_index("mlp_ratio")
+    rows = []
+    for line in said.fillna({"mlp_ratio": 0}).itertuples():
+        row = ours.loc[line.mlp_ratio]
+        rows.append(
+            {"document": line.configuration, "its parameters": line.parameters, "its steps": line.steps_to_target,
+             "its loss": line.loss, "its step time": line.slower, "measured": row["configuration"],
+             "parameters": int(row["parameters"]), "steps": row["steps_to_target"], "held-out loss": row["heldout"],
+             "nats per token": row["nll"], "step time": row["slower"], "dead units": row["dead_units"]}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def rule(measured: pd.DataFrame, teacher: KVModel) -> str:
+    """What `recommend.recommended` says of this teacher, and what was measured of it."""
+    told = recommend.recommended(max(1e6, teacher.model.num_parameters()))
+    ratios = {"The rule's": told.mlp_ratio, "The document's": told.document}
+    lines = [told.reason, *recommend.judged(measured, ratios).splitlines()]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def duels(ring: Contest) -> pd.DataFrame:
+    """Loss of our best minus that of everybody else: `against, kind, difference, low, high, verdict`."""
+    best = ring.best(["ours"])
+    rows = []
+    for label, kind in ring.kinds.items():
+        if label != best:
+            gap = ring.duel(best, label)
+            rows.append((label, kind, gap.mean, gap.low, gap.high, told(gap)))
+    return pd.DataFrame(rows, columns=["against", "kind", "difference", "low", "high", "verdict"])
+
+
+def short(ring: Contest) -> pd.DataFrame:
+    """The contest's table for reading."""
+    table = ring.table().sort_values("nll")
+    return table[["cache", "kind", "nll", "perplexity", "closed", "parameters", "lr", "mse", "r2_keys", "r2_values"]]
+
+
+def sources(ring: Contest) -> dict[str, judge.Source]:
+    """Caches worth comparing after a single hand-over, the student's own first."""
+    named = [ring.best(["ours"]), RIDGE, ring.best(["document"])]
+    floors = {name: ring.floors[name] for name in (judge.OWN, judge.ZERO, judge.OTHER)}
+    first, *last = floors.items()
+    return dict([first, *((name, judge.projected(ring.projectors[name])) for name in named), *last])
+
+
+def told(gap: Difference) -> str:
+    """A verdict about the first."""
+    if gap.high != gap.high:
+        return "too few sources"
+    return "better" if gap.high < 0 else "worse" if gap.low > 0 else "no clear difference"
+
+
+def collapse(table: pd.DataFrame) -> str:
+    """What training the student along with the projector did.
+
+    Args:
+        table: of `alternatives.co_trained`.
+    """
+    lines = []
+    for row in table.itertuples():
+        what = "Frozen" if not row.lr_student else f"Trained along at {row.lr_student:g}"
+        lines.append(
+            f"- {what}: error of the caches {row.kv_error:.3f} of their variance, the student's own loss {row.own:.3f} "
+            f"({row.own_change:+.3f} [{row.low:+.3f}, {row.high:+.3f}]), spread of its cache × {row.spread:.2f}"
+            + (": **collapsed**" if row.collapsed else "")
+        )
+    return "\n".join(["A low error of the caches is no proof of anything if the student may move, too:", "", *lines])
+
+
+def together(table: pd.DataFrame, names: Sequence[str]) -> str:
+    """Whether two teachers say more than one.
+
+    Args:
+        table: of `second.together`.
+        names: of the teachers.
+    """
+    nll = table.set_index("cache")["nll"]
+    both = " and ".join(names)
+    alone = {name: float(nll[name]) for name in names}
+    best = min(alone, key=lambda name: alone[name])
+    what = "less than" if nll[both] < alone[best] else "no less than"
+    return (
+        f"Together they cost the student {nll[both]:.4f} nats per token, {what} the better of them alone (`{best}`, "
+        f"{alone[best]:.4f}); one training each, so a difference of a few thousandths says nothing."
+    )
+
+
+def verdict(ring: Contest, found: pd.DataFrame) -> str:
+    """What was learned.
+
+    Args:
+        found: of `duels`.
+    """
+    table, rows = ring.table().set_index("cache"), found.set_index("against")
+    best = ring.best(["ours"])
+    own, lines = table.loc[best], []
+    lines.append(
+        f"Handed over at every token, the student pays **{own['nll']:.3f}** nats per token with `{best}`, "
+        f"{table.loc[judge.OWN, 'nll']:.3f} with its own cache and {table.loc[judge.ZERO, 'nll']:.3f} with zeros: "
+        f"**{own['closed']:.1%}** [{own['closed_low']:.1%}, {own['closed_high']:.1%}] of the gap is closed."
+    )
+    names = [RIDGE, RIDGE_TRAINED, "linear", ring.best(["document"]), judge.OWN, LORA]
+    for name in dict.fromkeys(name for name in names if name in rows.index):
+        row = rows.loc[name]
+        lines.append(
+            f"- against `{name}` ({row['kind']}): **{row['verdict']}**, {row['difference']:+.4f} "
+            f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        )
+    if best == OURS:
+        lines.append(
+            "\nWhat is trained on the next token also learns the texts' own habits: a loss below the student's "
+            f"own is owed to that, too, and not to the teacher alone. `{OURS_CACHES}` never saw a next token."
+        )
+    if ring.edges:
+        lines.append(
+            f"\nBest at an end of the learning rates tried: {', '.join(f'`{n}`' for n in sorted(ring.edges))}."
+        )
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def metrics(ring: Contest, found: pd.DataFrame) -> dict[str, float]:
+    """The numbers of `verdict`."""
+    table = ring.table().set_index("cache")
+    best = ring.best(["ours"])
+    numbers = {f"nll: {label}": float(row["nll"]) for label, row in table.iterrows()}
+    numbers |= {f"best minus {row.against}": float(row.difference) for row in found.itertuples()}
+    return numbers | {"closed": float(table.loc[best, "closed"]), "parameters": float(table.loc[best, "parameters"])}
+
+
+def headline(ring: Contest) -> tuple[str, str]:
+    """For the report's index."""
+    best = ring.best(["ours"])
+    row = ring.table().set_index("cache").loc[best]
+    return (
+        "of the gap between no memory (zeros) and the student's own is closed by its teacher's",
+        f"{row['closed']:.0%}",
+    )
+
+
+def sizes(projector: KVDimensionProjector) -> dict[str, Any]:
+    """How large a projector is."""
+    count = projector.count_parameters()
+    return {"parameters": count["total"]} | {f"per layer, {name}": n for name, n in count["per_layer"].items()}
