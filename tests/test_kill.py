@@ -22,7 +22,7 @@ LONGER = (
     "scan.tokens=28000 scan.length=24 scan.flush_seconds=0.1 "
     "router.tokens=24000 router.warm_tokens=0 router.checkpoint_seconds=0.2 "
     "selector.rows=2400 selector.checkpoint_seconds=0.2 select.pool_rows=4000 select.batch_tokens=64 "
-    "target.tokens=12000 target.checkpoint_seconds=0.1"
+    "target.tokens=12000 target.checkpoint_seconds=0.1 kv.steps=40 kv.checkpoint_seconds=0.1"
 )
 
 
@@ -141,6 +141,7 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(tmp_path: Path) 
     assert {"selected.parquet", "selected.jsonl", "against/full.parquet"} <= set(found["select"]["outputs"])
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(found["target"]["outputs"])
     assert {"results.json", "samples.parquet"} <= set(found["evaluate"]["outputs"])
+    assert {"projector/model.safetensors", "contest.parquet", "sweep.parquet"} <= set(found["kv"]["outputs"])
     _, alive = psutil.wait_procs(processes(tmp_path), timeout=15)
     assert not alive
     assert not list(broken.glob("runs/default/*/.resume/*")), "checkpoints of finished phases are removed"

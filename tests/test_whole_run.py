@@ -13,11 +13,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tinyonn_lib import evaluate
 from tinyonn_lib.experts.assemble import load_experts
 from tinyonn_lib.experts.methods import METHODS
+from tinyonn_lib.kv.cache import KVModel
+from tinyonn_lib.kv.projector import KVDimensionProjector
 from tinyonn_lib.lm import judge, load, samples
 from tinyonn_lib.selection.rows import Row, rows
 from tinyonn_lib.workbench.phases import PHASES, ROOT
@@ -219,6 +222,28 @@ def test_all_rivals_train_on_as_many_tokens(home: Path) -> None:
     assert set(seen) == {12 * 4 * 32}  # 1500 tokens, in whole steps of batch × length
     duels = pd.read_parquet(folder / "duels.parquet")
     assert set(duels["against"]) == {*rivals, "base"} - {"selected"}
+
+
+def test_a_cache_is_carried_over(home: Path) -> None:
+    folder, made = home / "runs/default/kv", home / "runs/default/pretrain"
+    table = pd.read_parquet(folder / "contest.parquet").set_index("cache")
+    texts = pd.read_parquet(made / "texts.parquet")
+    held = samples.draw(texts[texts["split"] == "heldout"], load.load_tokenizer(str(made / "model")), 600, 32, 0)
+    student, teacher = (KVModel(load.load_model(str(made / name))) for name in ("student", "model"))
+    assert table.loc["own cache", "nll"] == pytest.approx(evaluate.loss(student.model, held["ids"].tolist()).mean, 1e-4)
+    projector = KVDimensionProjector.from_pretrained(folder / "projector")
+    best = table[table["kind"] == "ours"]["parameters"].iloc[0]
+    assert projector.count_parameters()["total"] == best > 0
+    ids = torch.tensor(held["ids"].iloc[0])[None]
+    given = projector.project_teacher_kv("teacher", teacher.read(ids[:, :-1]))
+    greedy = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    assert student.model.generate(ids, past_key_values=student.cache(given), **greedy).shape == (1, ids.shape[1] + 3)
+    mine = student.cache(student.read(ids[:, :-1]))
+    assert torch.equal(
+        student.model.generate(ids, past_key_values=mine, **greedy), student.model.generate(ids, **greedy)
+    )
+    assert len(list((folder / "experiments").glob("*.yaml"))) == len(pd.read_parquet(folder / "sweep.parquet")) == 55
+    assert {"after.parquet", "together.parquet", "co_trained.parquet"} <= {path.name for path in folder.iterdir()}
 
 
 def test_evaluate_agrees_with_the_judge(home: Path) -> None:

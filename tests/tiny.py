@@ -42,8 +42,8 @@ def overrides(texts: Path) -> list[str]:
         "select": "pool_packages=networkx pool_rows=160 compare_rows=64 trash_expert_ratio=0.25",
         "target": "tokens=1500 seeds=2 batch=4 length=32 eval_tokens=600",
         "evaluate": "documents=12 questions=8",
-        "kv": "tokens=1500 eval_tokens=600 length=32 steps=4 batch=4 sweep_steps=4 sweep_rates=1.0e-2 second_tokens=3000 "
-        "handover=8 student_rates=1.0e-3",
+        "kv": "tokens=1500 eval_tokens=600 length=32 steps=4 batch=4 sweep_steps=4 sweep_rates=1.0e-2 "
+        "second_tokens=3000 handover=8 student_rates=1.0e-3",
     }
     found = [f"{phase}.{item}" for phase, items in values.items() for item in items.split()]
     return [*found, f"pretrain.prompts='The|{HOSTILE}'"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class Entry:
 
 
 LINEAR_ALL: dict[str, Any] = BEST | {"kind": "linear", "sources": 0}
-RIDGE, RIDGE_TRAINED = "ridge, all layers, K with V", "the same, then next token"
+RIDGE, RIDGE_TRAINED = "ridge, all layers, K with V", "ridge, then next token"
 OURS, OURS_CACHES = "ours, next token", "ours, own cache"
 LORA = "student with LoRA"
 """See `alternatives.lora_student`."""
@@ -217,7 +218,8 @@ class Contest:
         key = repr([projector.layer_maps, *(projector.options[name] for name in ("shared", "joint"))])
         if key not in self._solved:
             fit_ridge(projector, self.texts.train, self.texts.validation)
-            self._solved[key] = [linear.state_dict() for linear in linears(projector).values()]
+            # A copy: this very projector is trained next.
+            self._solved[key] = [copy.deepcopy(linear.state_dict()) for linear in linears(projector).values()]
         for linear, solved in zip(linears(projector).values(), self._solved[key], strict=True):
             linear.load_state_dict(solved)
 

@@ -34,19 +34,37 @@ def beside(measured: pd.DataFrame) -> pd.DataFrame:
     Args:
         measured: the table of `sweep.sweep`.
     """
-    said = document().dropna(subset=["parameters"])
-    chosen = measured.loc[measured.fillna({"mlp_ratio": 0}).groupby("mlp_ratio")["validation"].idxmin()]
-    ours = chosen.fillna({"mlp_ratio": 0}).set_index("mlp_ratio")
-    rows = []
-    for line in said.fillna({"mlp_ratio": 0}).itertuples():
-        row = ours.loc[line.mlp_ratio]
-        rows.append(
-            {"document": line.configuration, "its parameters": line.parameters, "its steps": line.steps_to_target,
-             "its loss": line.loss, "its step time": line.slower, "measured": row["configuration"],
-             "parameters": int(row["parameters"]), "steps": row["steps_to_target"], "held-out loss": row["heldout"],
-             "nats per token": row["nll"], "step time": row["slower"], "dead units": row["dead_units"]}
-        )  # fmt: skip
+    said = document().dropna(subset=["parameters"]).fillna({"mlp_ratio": 0}).set_index("mlp_ratio")
+    rows = [
+        {"document": said.loc[ratio, "configuration"], "parameters": said.loc[ratio, "parameters"],
+         "steps": said.loc[ratio, "steps_to_target"], "loss": said.loc[ratio, "loss"],
+         "measured": row["configuration"], "its parameters": int(row["parameters"]),
+         "its steps": row["steps_to_target"], "its loss, held-out": row["heldout"], "nats per token": row["nll"]}
+        for ratio, row in _best_of_ratio(measured).iterrows()
+    ]  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def costs(measured: pd.DataFrame) -> pd.DataFrame:
+    """What these configurations cost: a step's time alone ÷ linear's (the document's says its own), memory, dead units.
+
+    Args:
+        measured: the table of `sweep.sweep`.
+    """
+    said = document().dropna(subset=["parameters"]).fillna({"mlp_ratio": 0}).set_index("mlp_ratio")
+    rows = [
+        {"measured": row["configuration"], "step time": row["slower"], "the document's": said.loc[ratio, "slower"],
+         "memory to train, kB": row["memory"] / 1000, "dead units": row["dead_units"],
+         "learning rate": row["lr"], "at an edge of those tried": "yes" if row["lr_at_edge"] else "no"}
+        for ratio, row in _best_of_ratio(measured).iterrows()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _best_of_ratio(measured: pd.DataFrame) -> pd.DataFrame:
+    """Ratio (0: linear) → the configuration with the least validation loss."""
+    rows = measured.fillna({"mlp_ratio": 0}).reset_index(drop=True)
+    return rows.loc[rows.groupby("mlp_ratio")["validation"].idxmin()].set_index("mlp_ratio")
 
 
 def rule(measured: pd.DataFrame, teacher: KVModel) -> str:
@@ -71,6 +89,7 @@ def duels(ring: Contest) -> pd.DataFrame:
 def short(ring: Contest) -> pd.DataFrame:
     """The contest's table for reading."""
     table = ring.table().sort_values("nll")
+    table["lr"] = table["lr"].where(table["lr"] > 0)
     return table[["cache", "kind", "nll", "perplexity", "closed", "parameters", "lr", "mse", "r2_keys", "r2_values"]]
 
 

@@ -75,12 +75,12 @@ def continued(
     at = min(at, int(lengths[row]) - 1)
     batch = caches[torch.tensor([row, (row + 1) % len(caches)])]  # two: another text may be handed over
     given = batch["ids"][:1, : at + 1]
-    told = {"the text so far": tokenizer.decode(given[0, max(0, at - 40) :], skip_special_tokens=True)}
+    told = {"The text so far: … ": tokenizer.decode(given[0, max(0, at - 40) :], skip_special_tokens=True)}
     for label, source in sources.items():
         kv = source(batch)
         assert kv is not None, "a hand-over hands something over"
         ids = generate(caches.student, kv.detach()[:1], given, new_tokens)
-        told[label] = tokenizer.decode(ids, skip_special_tokens=True)
+        told[f"{label} → "] = tokenizer.decode(ids, skip_special_tokens=True)
     return told
 
 

@@ -21,6 +21,9 @@ from tinyonn_lib.lm import resume
 from tinyonn_lib.lm.threads import default_shards, threads
 from tinyonn_lib.progress import Progress
 
+CLOCKED = ["seconds_per_step", "slower"]
+"""Columns that another run measures anew: no part of an artefact."""
+
 REACHED = 1.05
 """Steps are counted until the validation loss is at most this many times that of ridge."""
 
