@@ -24,6 +24,9 @@ from tinyonn_lib.kv.train import Recipe, train
 from tinyonn_lib.lm import samples
 from tinyonn_lib.progress import Progress
 
+WIDEST = 2**14
+"""Inputs of "all layers": more are beyond a closed form, and large models then take their nearest layers alone."""
+
 DOCUMENT: dict[str, Any] = {
     "kind": "mlp", "mlp_ratio": 1.0, "dropout": 0.1, "shared": True, "sources": 1, "joint": False,
 }  # fmt: skip
@@ -161,6 +164,7 @@ class Contest:
         self.edges: set[str] = set()
         self.projectors: dict[str, KVDimensionProjector] = {}
         self._solved: dict[str, list[dict[str, Any]]] = {}
+        self._near: dict[str, dict[str, float]] = {}
         self.floors = judge.floors(texts.train)
         for label, source in self.floors.items():
             self.add(label, "reference" if label == judge.OWN else "floor", [judge.loss(source, texts.heldout)])
@@ -192,6 +196,7 @@ class Contest:
         found = [trials[rate], *(self._fitted(entry, seed, rate) for seed in more)]
         losses = [judge.loss(judge.projected(p), self.texts.heldout) for p in found]
         self.projectors[entry.label] = found[0]
+        self._near[entry.label] = judge.error(judge.projected(found[0]), self.texts.heldout)
         self.add(entry.label, entry.kind, losses, costs[rate], int(found[0].count_parameters()["total"]), rate, rates)
 
     def table(self) -> pd.DataFrame:
@@ -200,9 +205,8 @@ class Contest:
         for name, values in (("kind", self.kinds), ("parameters", self.parameters), ("lr", self.rates)):
             rows[name] = rows["cache"].map(values)
         rows["edge"] = rows["cache"].isin(self.edges)
-        near = {n: judge.error(judge.projected(p), self.texts.heldout) for n, p in self.projectors.items()}
         for name in ("mse", "r2_keys", "r2_values"):
-            rows[name] = [near.get(label, {}).get(name, float("nan")) for label in rows["cache"]]
+            rows[name] = [self._near.get(label, {}).get(name, float("nan")) for label in rows["cache"]]
         return rows
 
     def duel(self, one: str, other: str) -> evaluate.Difference:
@@ -212,6 +216,11 @@ class Contest:
     def best(self, kinds: Sequence[str]) -> str:
         """The label with the least loss on validation texts among some kinds."""
         return min((name for name in self.kinds if self.kinds[name] in kinds), key=lambda name: self.validation[name])
+
+    def _widest(self, joint: bool) -> int:
+        """All of the deepest teacher's layers, or as many as `WIDEST` inputs hold."""
+        sizes = [model.widths for model in self.texts.train.teachers.values()]
+        return min(max(size.layers for size in sizes), max(1, WIDEST // (max(s.width for s in sizes) * (1 + joint))))
 
     def _begin(self, projector: KVDimensionProjector) -> None:
         """Closed-form linear layers; solved once for all entries, rates and seeds that read the same."""
@@ -235,9 +244,8 @@ class Contest:
 
     def fresh(self, options: Mapping[str, Any], seed: int) -> KVDimensionProjector:
         """A projector between the contest's models as it begins; `sources` 0 stands for all teacher layers."""
-        deepest = max(model.widths.layers for model in self.texts.train.teachers.values())
         given = dict(options) or self.options
-        given["sources"] = given.get("sources", BEST["sources"]) or deepest
+        given["sources"] = given.get("sources", BEST["sources"]) or self._widest(given["joint"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             projector = KVDimensionProjector.from_configs(self._teachers, self._student, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,9 +104,14 @@ def sources(ring: Contest) -> dict[str, judge.Source]:
 
 def told(gap: Difference) -> str:
     """A verdict about the first."""
-    if gap.high != gap.high:
+    if math.isnan(gap.high):
         return "too few sources"
     return "better" if gap.high < 0 else "worse" if gap.low > 0 else "no clear difference"
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    """In brackets; nothing where too few sources leave it unknown."""
+    return "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
 
 
 def collapse(table: pd.DataFrame) -> str:
@@ -119,7 +125,7 @@ def collapse(table: pd.DataFrame) -> str:
         what = "Frozen" if not row.lr_student else f"Trained along at {row.lr_student:g}"
         lines.append(
             f"- {what}: error of the caches {row.kv_error:.3f} of their variance, the student's own loss {row.own:.3f} "
-            f"({row.own_change:+.3f} [{row.low:+.3f}, {row.high:+.3f}]), spread of its cache × {row.spread:.2f}"
+            f"({row.own_change:+.3f}{_interval(row.low, row.high, '+.3f')}), spread of its cache × {row.spread:.2f}"
             + (": **collapsed**" if row.collapsed else "")
         )
     return "\n".join(["A low error of the caches is no proof of anything if the student may move, too:", "", *lines])
@@ -155,14 +161,14 @@ def verdict(ring: Contest, found: pd.DataFrame) -> str:
     lines.append(
         f"Handed over at every token, the student pays **{own['nll']:.3f}** nats per token with `{best}`, "
         f"{table.loc[judge.OWN, 'nll']:.3f} with its own cache and {table.loc[judge.ZERO, 'nll']:.3f} with zeros: "
-        f"**{own['closed']:.1%}** [{own['closed_low']:.1%}, {own['closed_high']:.1%}] of the gap is closed."
+        f"**{own['closed']:.1%}**{_interval(own['closed_low'], own['closed_high'], '.1%')} of the gap is closed."
     )
     names = [RIDGE, RIDGE_TRAINED, "linear", ring.best(["document"]), judge.OWN, LORA]
     for name in dict.fromkeys(name for name in names if name in rows.index):
         row = rows.loc[name]
         lines.append(
-            f"- against `{name}` ({row['kind']}): **{row['verdict']}**, {row['difference']:+.4f} "
-            f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+            f"- against `{name}` ({row['kind']}): **{row['verdict']}**, {row['difference']:+.4f}"
+            f"{_interval(row['low'], row['high'], '+.4f')}"
         )
     if best == OURS:
         lines.append(

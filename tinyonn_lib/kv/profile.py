@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from tinyonn_lib.errors import BenchError
 from tinyonn_lib.kv.align import by_depth, by_similarity, cka
 from tinyonn_lib.kv.cache import KV
 from tinyonn_lib.kv.data import Caches, own_of, teachers_of
@@ -56,7 +57,12 @@ def layer_maps(alike: pd.DataFrame, how: str, sources: int) -> list[list[int]]:
         alike: of `similarity`.
         how: "depth" or "similarity".
         sources: how many.
+
+    Raises:
+        BenchError: another `how`.
     """
+    if how not in ("depth", "similarity"):
+        raise BenchError(f"layers={how}: choose depth or similarity.")
     if how == "similarity":
         return by_similarity(torch.tensor(alike.to_numpy()), sources)
     return by_depth(alike.shape[1], alike.shape[0], sources)
@@ -99,7 +105,7 @@ def by_distance(sources: Mapping[str, Source], caches: Caches, at: int) -> pd.Da
         BenchError: `at` leaves nothing to predict.
     """
     sums: dict[str, np.ndarray] = {}
-    count = np.zeros(caches.ids.shape[1] - at - 1)
+    count = np.zeros(max(0, caches.ids.shape[1] - at - 1))
     for label, source in sources.items():
         total = np.zeros_like(count)
         for batch in caches.batches():

@@ -132,19 +132,11 @@ class KVDimensionProjector(nn.Module):
     def student_layers(self) -> int:
         return int(self.options["student_layers"])
 
-    def inputs(self, name: str, kv: KV) -> dict[str, list[Tensor]]:
-        """What the adapters read: "keys" and "values" → per student layer `(batch, tokens, width)`."""
-        sides = dict(zip(SIDES, (kv.keys, kv.values), strict=True))
-        read: dict[str, list[Tensor]] = {}
-        for side, own in sides.items():
-            parts = list(sides.values()) if self.options["joint"] else [own]
-            read[side] = [
-                torch.cat([part[:, layer] for part in parts for layer in layers], -1)
-                if len(parts) * len(layers) > 1
-                else own[:, layers[0]]
-                for layers in self.layer_maps[name]
-            ]
-        return read
+    def reads(self, name: str, kv: KV, side: str, layer: int) -> Tensor:
+        """What a teacher's adapter for "keys" or "values" of a student layer reads: `(batch, tokens, width)`."""
+        sides = (kv.keys, kv.values) if self.options["joint"] else (getattr(kv, side),)
+        parts = [each[:, place] for each in sides for place in self.layer_maps[name][layer]]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def project_teacher_kv(self, teacher_name: str, teacher_kv: Any) -> KV:
         """One teacher's cache as the student would have it.
@@ -211,9 +203,10 @@ class KVDimensionProjector(nn.Module):
     def _project(self, name: str, kv: KV) -> KV:
         like = next(self.adapters.parameters())  # a teacher in bfloat16, or on another device, fills its cache there
         kv, sides = KV(kv.keys.to(like), kv.values.to(like)), []
-        for side, read in self.inputs(name, kv).items():
-            layers = self.of(name, side)
-            sides.append(torch.stack([_applied(layers[n % len(layers)], x) for n, x in enumerate(read)], 1))
+        for side in SIDES:
+            layers, depth = self.of(name, side), range(self.student_layers)
+            said = [_applied(layers[n % len(layers)], self.reads(name, kv, side, n)) for n in depth]
+            sides.append(torch.stack(said, 1))
         return KV(*sides)
 
     def count_parameters(self) -> dict[str, Any]:

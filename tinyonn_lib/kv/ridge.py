@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Tried, in units of the inputs' mean variance; the one with the least error on validation text is taken."""
 
 NOT_FINITE = "The caches hold NaN or infinite values: check the models that made them."
+
+
+MEMORY = 2**33
+"""Bytes of moments held at a time."""
 
 
 @dataclass
@@ -56,14 +61,14 @@ def fit_ridge(projector: KVDimensionProjector, caches: Caches, validation: Cache
         BenchError: adapters without a linear layer, or caches that are not finite.
     """
     layers = linears(projector)
-    train, held = _moments(projector, caches), _moments(projector, validation)
     chosen = {}
-    for key, linear in layers.items():
-        weight, bias, penalty = _solved(train[key], held[key])
-        with torch.no_grad():
-            linear.weight.copy_(weight.T)
-            linear.bias.copy_(bias)
-        chosen[key] = penalty
+    for group in _groups(layers):
+        train, held = (_moments(projector, each, group) for each in (caches, validation))
+        for key in group:
+            weight, bias, chosen[key] = _solved(train[key], held[key])
+            with torch.no_grad():
+                layers[key].weight.copy_(weight.T)
+                layers[key].bias.copy_(bias)
     for module in projector.modules():
         if isinstance(module, Residual):
             module.hush()
@@ -89,10 +94,24 @@ def linears(projector: KVDimensionProjector) -> dict[str, nn.Linear]:
     return found
 
 
-def _moments(projector: KVDimensionProjector, caches: Caches) -> dict[str, _Sums]:
+def _groups(layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+    """Adapters whose moments, of both sets of texts, fit into `MEMORY` together; each group reads all texts anew."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for key, linear in layers.items():
+        size = 2 * 8 * linear.in_features * (linear.in_features + linear.out_features)
+        if groups[-1] and filled + size > MEMORY:
+            groups.append([])
+            filled = 0
+        groups[-1].append(key)
+        filled += size
+    return groups
+
+
+def _moments(projector: KVDimensionProjector, caches: Caches, keys: Sequence[str]) -> dict[str, _Sums]:
     sums: dict[str, _Sums] = {}
     for batch in caches.batches():
-        for key, (x, y) in _rows(projector, batch).items():
+        for key, x, y in _rows(projector, batch, keys):
             new = _Sums.of(x, y)
             if key in sums:
                 sums[key].add(new)
@@ -101,18 +120,15 @@ def _moments(projector: KVDimensionProjector, caches: Caches) -> dict[str, _Sums
     return sums
 
 
-def _rows(projector: KVDimensionProjector, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Adapter → what it reads `(n, d)` and what it should give `(n, s)`, real tokens alone."""
+def _rows(projector: KVDimensionProjector, batch: Batch, keys: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Adapter, what it reads `(n, d)`, what it should give `(n, s)`, of real tokens; a shared one layer by layer."""
     own, real = own_of(batch), batch["mask"]
-    rows: dict[str, tuple[Tensor, Tensor]] = {}
     for name, kv in teachers_of(batch, list(projector.teachers)).items():
-        for side, inputs in projector.inputs(name, kv).items():
-            aims = getattr(own, side).unbind(1)
-            pairs = [(x[real], y[real]) for x, y in zip(inputs, aims, strict=True)]
-            if projector.options["shared"]:
-                pairs = [(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))]
-            rows |= {f"{name} {side} {place}": pair for place, pair in enumerate(pairs)}
-    return rows
+        for side in SIDES:
+            for layer, aim in enumerate(getattr(own, side).unbind(1)):
+                key = f"{name} {side} {0 if projector.options['shared'] else layer}"
+                if key in keys:
+                    yield key, projector.reads(name, kv, side, layer)[real], aim[real]
 
 
 def _solved(train: _Sums, held: _Sums) -> tuple[Tensor, Tensor, float]:

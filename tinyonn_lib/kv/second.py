@@ -108,7 +108,9 @@ def together(
     losses = {label: [judge.loss(source, seen.heldout)] for label, source in judge.floors(seen.train).items()}
     made: dict[str, KVDimensionProjector] = {}
     for label, chosen in [*((name, [name]) for name in names), (" and ".join(names), list(names))]:
-        one = KVDimensionProjector.from_configs({n: configs[n] for n in chosen}, seen.train.student.model.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            one = KVDimensionProjector.from_configs({n: configs[n] for n in chosen}, seen.train.student.model.config)
         fit_ridge(one.to(seen.train.student.device), seen.train, seen.validation)
         told, kept = progress and progress(f"from {label}", "steps"), resume and resume / f"together_{len(made)}.pt"
         train(one, seen.train, recipe, validation=seen.validation, progress=told, checkpoint=kept)

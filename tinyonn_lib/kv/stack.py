@@ -76,7 +76,8 @@ def rows_of(projector: KVDimensionProjector, caches: Caches, most: int) -> Rows:
     found: list[tuple[Tensor, Tensor]] = []
     for batch in caches.batches():
         own, real = own_of(batch), batch["mask"]
-        read = projector.inputs(name, teachers_of(batch, [name])[name])
+        kv, depth = teachers_of(batch, [name])[name], range(projector.student_layers)
+        read = {side: [projector.reads(name, kv, side, layer) for layer in depth] for side in SIDES}
         x = torch.stack([torch.stack(read[side], 1).transpose(1, 2)[real].flatten(0, 1) for side in SIDES])
         y = torch.stack([getattr(own, side).transpose(1, 2)[real].flatten(0, 1) for side in SIDES])
         picked = torch.randperm(x.shape[1], generator=generator)[: max(1, round(share * x.shape[1]))].to(x.device)

@@ -155,11 +155,13 @@ def kv_after(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> go.
     reference = table["cache"].iloc[0]
     wide = table.pivot(index="after", columns="cache", values="nll")
     figure = go.Figure()
+    lines: dict[str, int] = {}
     for number, label in enumerate(dict.fromkeys(table["cache"])):
         colour = KINDS.get((names or {}).get(label, ""), PALETTE[number % len(PALETTE)])
+        lines[colour] = lines.get(colour, 0) + 1  # two of one kind are told apart by their dashes
         figure.add_scatter(
             x=wide.index, y=wide[label] - wide[reference], mode="lines+markers", name=html.escape(label),
-            line_color=colour, line_dash="dot" if label == reference else "solid",
+            line_color=colour, line_dash="dot" if label == reference else ("solid", "dash")[(lines[colour] - 1) % 2],
         )  # fmt: skip
     figure.update_xaxes(title="tokens the student has read by itself since the hand-over", type="log",
                         tickvals=list(wide.index), ticktext=[str(n) for n in wide.index])  # fmt: skip
