@@ -242,7 +242,7 @@ def test_a_cache_is_carried_over(home: Path) -> None:
     assert torch.equal(
         student.model.generate(ids, past_key_values=mine, **greedy), student.model.generate(ids, **greedy)
     )
-    assert len(list((folder / "experiments").glob("*.yaml"))) == len(pd.read_parquet(folder / "sweep.parquet")) == 55
+    assert len(list((folder / "experiments").glob("*.yaml"))) == len(pd.read_parquet(folder / "sweep.parquet")) == 57
     assert {"after.parquet", "together.parquet", "co_trained.parquet"} <= {path.name for path in folder.iterdir()}
 
 

@@ -21,12 +21,19 @@ from tinyonn_lib.lm.record import HeldOut
 from tinyonn_lib.lm.samples import shuffled
 from tinyonn_lib.lm.train import fit
 
+SLOWER = (0.1, 0.3, 1.0)
+"""LoRA's learning rates in multiples of a projector's: a student that is trained already wants smaller ones."""
+
+COLLAPSED = 0.7
+"""Share of its former spread below which a student's cache counts as collapsed: an easy aim, whatever the error."""
+
 
 def lora_student(ring: Contest) -> None:
     """Enter the student, fine-tuned (LoRA on all linear layers) on the same texts and steps, with its own cache.
 
     What our projector's parameters would bring inside the student: the rank is what comes nearest to as many, at most
-    full rank. The learning rate with the least validation loss is taken, as for everybody.
+    full rank. The learning rate with the least validation loss is taken, as for everybody, of `SLOWER` times those that
+    projectors try.
     """
     from tinyonn_lib.selection.lora import Lora, adapt
 
@@ -51,31 +58,32 @@ def lora_student(ring: Contest) -> None:
         chosen_by = _rows(texts.validation)
         look = HeldOut(lambda: evaluate.loss(adapted, chosen_by).mean, max(1, recipe.steps // LOOKS), LOOKS)
         fit(trained, lambda data: _next_token(adapted, data), batch, optimizer, steps=recipe.steps, held_out=look,
-            warmup_steps=min(20, recipe.steps // 4), **ring.training(f"{LORA}, {rate:g}, seed {seed}"))  # fmt: skip
-        merged = adapted.merge_and_unload().eval()
-        held, chosen = (evaluate.loss(merged, _rows(each)) for each in (texts.heldout, texts.validation))
+            warmup_steps=min(20, recipe.steps // 4), tag=f"{LORA} {rank} {seed}",
+            **ring.training(f"{LORA}, {rate:g}, seed {seed}"))  # fmt: skip
+        held, chosen = (evaluate.loss(adapted.eval(), _rows(each)) for each in (texts.heldout, texts.validation))
         return held, chosen, sum(p.numel() for p in trained)
 
-    trials = {rate: tuned(rate, recipe.seed) for rate in ring.rates_tried}
+    rates = sorted({float(f"{slower * rate:.3g}") for rate in ring.rates_tried for slower in SLOWER})
+    trials = {rate: tuned(rate, recipe.seed) for rate in rates}
     best = min(trials, key=lambda rate: trials[rate][1].mean)
     more = [tuned(best, recipe.seed + number)[0] for number in range(1, ring.seeds)]
     held, validation, size = trials[best]
-    ring.add(LORA, "another way", [held, *more], validation.mean, size, best, ring.rates_tried)
+    ring.add(LORA, "another way", [held, *more], validation.mean, size, best, rates)
 
 
-def co_trained(ring: Contest, student_rates: Sequence[float], lr: float = 1e-3) -> pd.DataFrame:
+def co_trained(ring: Contest, student_rates: Sequence[float]) -> pd.DataFrame:
     """The document's loop, in which student and projector move towards each other: is a low loss a good student?
 
     Args:
-        ring: whose texts and steps are taken; the projector is the document's, 1×, from its first seed.
+        ring: whose texts and steps are taken; the projector is the document's, 1×, from its first seed, at the rate
+            that suited it best there.
         student_rates: each is tried; 0 leaves the student frozen.
-        lr: of the projector (document: 1e-3).
 
     Returns:
         One row per rate, on held-out texts: `lr_student, kv_error` (mean squared, in units of the student's own
         variance then), `spread` (standard deviation of its own cache ÷ what it was), `own` and `projected` (its loss
         with its own and with the projected cache, nats per token), `own_change` with `low, high` (95 %, against the
-        student as it was) and `collapsed` (its own loss is clearly higher).
+        student as it was), `harmed` (its own loss is clearly higher) and `collapsed` (spread below `COLLAPSED`).
     """
     texts, seed = ring.texts, ring.recipe.seed
     before = judge.loss(own_of, texts.heldout)
@@ -84,7 +92,7 @@ def co_trained(ring: Contest, student_rates: Sequence[float], lr: float = 1e-3) 
     for rate in student_rates:
         moved, mine = copy.copy(texts.train), ring.fresh(DOCUMENT, seed)
         moved.student = KVModel(copy.deepcopy(texts.train.student.model))
-        recipe = replace(ring.recipe, objective="mse", lr=lr, lr_student=rate)
+        recipe = replace(ring.recipe, objective="mse", lr=ring.rates["MLP 1×"], lr_student=rate)
         train(mine, moved, recipe, **ring.training(f"student along at {rate:g}"))
         held = texts.heldout.of_student(moved.student)
         own, said = judge.loss(own_of, held), judge.loss(judge.projected(mine), held)
@@ -92,7 +100,8 @@ def co_trained(ring: Contest, student_rates: Sequence[float], lr: float = 1e-3) 
         rows.append(
             {"lr_student": rate, "kv_error": judge.error(judge.projected(mine), held)["mse"] / (2 * spread**2),
              "spread": spread / was, "own": own.mean, "projected": said.mean, "own_change": change.mean,
-             "low": change.low, "high": change.high, "collapsed": bool(change.low > 0)}
+             "low": change.low, "high": change.high, "harmed": bool(change.low > 0),
+             "collapsed": spread < COLLAPSED * was}
         )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -24,7 +24,7 @@ from tinyonn_lib.kv.train import Recipe, train
 from tinyonn_lib.lm import samples
 from tinyonn_lib.progress import Progress
 
-WIDEST = 2**14
+WIDEST = 2**13
 """Inputs of "all layers": more are beyond a closed form, and large models then take their nearest layers alone."""
 
 DOCUMENT: dict[str, Any] = {
@@ -56,7 +56,7 @@ class Entry:
 LINEAR_ALL: dict[str, Any] = BEST | {"kind": "linear", "sources": 0}
 RIDGE, RIDGE_TRAINED = "ridge, all layers, K with V", "ridge, then next token"
 OURS, OURS_CACHES = "ours, next token", "ours, own cache"
-LORA = "student with LoRA"
+SHUFFLED, LORA = "our best, of another text", "student with LoRA"
 """See `alternatives.lora_student`."""
 
 LINEUP = (
@@ -70,6 +70,7 @@ LINEUP = (
         for ratio in (0.5, 1.0, 2.0)
     ),
     Entry("MLP 2×, no dropout", "document", "mse", faster=10.0, options=DOCUMENT | {"mlp_ratio": 2.0, "dropout": 0.0}),
+    Entry("MLP 2×, next token", "document", "lm", faster=3.0, options=DOCUMENT | {"mlp_ratio": 2.0, "dropout": 0.0}),
     Entry(OURS_CACHES, "ours", "mse", ridge=True),
     Entry(OURS, "ours", "lm", ridge=True),
 )
@@ -117,7 +118,7 @@ class Texts:
         order = np.random.default_rng(seed).permutation(len(sources))
         aside = {sources[place] for place in order[: max(1, len(sources) // 10)]}
         chosen = drawn["source"].isin(aside)
-        options = {"tokenizer": tokenizer, "tokenizers": tokenizers}
+        options = {"tokenizer": tokenizer, "tokenizers": tokenizers, "batch": max(2, 4096 // length)}
         return cls(*(Caches(student, teachers, rows, **options) for rows in (drawn[~chosen], drawn[chosen], held)))
 
 
@@ -127,7 +128,8 @@ class Contest:
     Attributes:
         losses: label → one held-out loss per seed; validation: label → loss by which rates, and the best, are chosen.
         kinds, parameters, rates: label → what it is, how large, and at which learning rate.
-        edges: labels whose best rate was the smallest or largest of those tried.
+        edges: labels whose best rate was the smallest or largest of three or more that were tried.
+        layers: label → teacher layers that each student layer reads.
         projectors: label → that of the first seed.
     """
 
@@ -162,6 +164,7 @@ class Contest:
         self.parameters: dict[str, int] = {}
         self.rates: dict[str, float] = {}
         self.edges: set[str] = set()
+        self.layers: dict[str, int] = {}
         self.projectors: dict[str, KVDimensionProjector] = {}
         self._solved: dict[str, list[dict[str, Any]]] = {}
         self._near: dict[str, dict[str, float]] = {}
@@ -182,7 +185,7 @@ class Contest:
         """Somebody who was judged on the same texts; `chosen_by`: validation loss, `rates`: those tried, ascending."""
         self.losses[label], self.kinds[label], self.validation[label] = list(losses), kind, chosen_by
         self.parameters[label], self.rates[label] = parameters, rate
-        if len(rates) > 1 and rate in (rates[0], rates[-1]):
+        if len(rates) > 2 and rate in (rates[0], rates[-1]):
             self.edges.add(label)
 
     def enter(self, entry: Entry) -> None:
@@ -196,13 +199,19 @@ class Contest:
         found = [trials[rate], *(self._fitted(entry, seed, rate) for seed in more)]
         losses = [judge.loss(judge.projected(p), self.texts.heldout) for p in found]
         self.projectors[entry.label] = found[0]
+        self.layers[entry.label] = max(len(each[0]) for each in found[0].layer_maps.values())
         self._near[entry.label] = judge.error(judge.projected(found[0]), self.texts.heldout)
         self.add(entry.label, entry.kind, losses, costs[rate], int(found[0].count_parameters()["total"]), rate, rates)
 
     def table(self) -> pd.DataFrame:
-        """`judge.table` with `kind, parameters, lr, edge` and how near the caches are (`mse, r2_keys, r2_values`)."""
+        """`judge.table` with `kind, parameters, lr, layers, edge`; how near caches are: `mse, r2_keys, r2_values`."""
         rows = judge.table(self.losses, self.texts.heldout.source, self.recipe.seed)
-        for name, values in (("kind", self.kinds), ("parameters", self.parameters), ("lr", self.rates)):
+        for name, values in (
+            ("kind", self.kinds),
+            ("parameters", self.parameters),
+            ("lr", self.rates),
+            ("layers", self.layers),
+        ):
             rows[name] = rows["cache"].map(values)
         rows["edge"] = rows["cache"].isin(self.edges)
         for name in ("mse", "r2_keys", "r2_values"):
@@ -212,6 +221,12 @@ class Contest:
     def duel(self, one: str, other: str) -> evaluate.Difference:
         """Loss of one minus the other's, nats per token, paired over source files."""
         return evaluate.paired(self.losses[one], self.losses[other], self.texts.heldout.source, seed=self.recipe.seed)
+
+    def shuffle(self, label: str) -> None:
+        """Enter a projector's cache of another text: what is left when only the content is wrong."""
+        source = judge.shuffled(judge.projected(self.projectors[label]))
+        self.floors[SHUFFLED] = source
+        self.add(SHUFFLED, "floor", [judge.loss(source, self.texts.heldout)])
 
     def best(self, kinds: Sequence[str]) -> str:
         """The label with the least loss on validation texts among some kinds."""
@@ -244,7 +259,7 @@ class Contest:
 
     def fresh(self, options: Mapping[str, Any], seed: int) -> KVDimensionProjector:
         """A projector between the contest's models as it begins; `sources` 0 stands for all teacher layers."""
-        given = dict(options) or self.options
+        given = dict(options or self.options)
         given["sources"] = given.get("sources", BEST["sources"]) or self._widest(given["joint"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

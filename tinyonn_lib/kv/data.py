@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,18 @@ def own_of(batch: Batch) -> KV:
 
 
 def foreign(tokenizers: Mapping[str, Any], student: str = "student") -> dict[str, Any]:
-    """Those of several tokenizers that cut texts otherwise than the student's."""
-    own = tokenizers[student].get_vocab()
-    return {name: other for name, other in tokenizers.items() if other.get_vocab() != own}
+    """Those of several tokenizers that cut texts otherwise than the student's, or may do so."""
+    own = _rules(tokenizers[student])
+    return {name: other for name, other in tokenizers.items() if _rules(other) != own}
+
+
+def _rules(tokenizer: Any) -> Any:
+    """Vocabulary, merges and all that comes before them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    told = json.loads(backend.to_str())
+    return {key: told[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
 
 
 class Caches:
@@ -109,7 +119,7 @@ class Caches:
         self._kept: Batch | None = None
         if 2 * 4 * each * self.ids.numel() <= keep:
             parts = [self._computed(rows) for rows in torch.arange(len(self.ids)).split(batch)]
-            self._kept = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            self._kept = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -154,7 +164,7 @@ class Caches:
         for name in self.names:
             kv = self._teacher(name, rows, ids)
             found |= {f"{name}/keys": kv.keys, f"{name}/values": kv.values}
-        return {key: tensor.cpu() for key, tensor in found.items()}
+        return found
 
     def _teacher(self, name: str, rows: Tensor, ids: Tensor) -> KV:
         model = self.teachers[name]

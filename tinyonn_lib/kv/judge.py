@@ -81,6 +81,10 @@ def loss(source: Source, caches: Caches) -> Loss:
     for batch in caches.batches():
         nats_of.append(nats(caches.student, source(batch), batch["ids"], batch["mask"]).double().sum(1).cpu())
         tokens.append(batch["mask"][:, 1:].sum(1).cpu())
+    if not torch.isfinite(torch.cat(nats_of)).all():
+        raise BenchError(
+            "The student's loss is not finite with this cache: look for NaN in the caches, or use float32."
+        )
     return Loss(torch.cat(nats_of).numpy(), torch.cat(tokens).numpy().astype(np.int64))
 
 
@@ -131,7 +135,8 @@ def table(losses: Mapping[str, Sequence[Loss]], groups: Sequence[str], seed: int
         groups: per text its source file.
 
     Returns:
-        `cache, nll, perplexity, spread` (standard deviation over seeds), `seeds, closed, closed_low, closed_high`.
+        `cache, nll, perplexity, spread` (standard deviation over seeds; NaN with one), `seeds, closed` and
+        its interval `closed_low, closed_high`.
     """
     own, zero = losses[OWN][0], losses[ZERO][0]
     rows = []
@@ -139,7 +144,8 @@ def table(losses: Mapping[str, Sequence[Loss]], groups: Sequence[str], seed: int
         means = [one.mean for one in each]
         rows.append(
             {"cache": label, "nll": float(np.mean(means)), "perplexity": float(np.exp(np.mean(means))),
-             "spread": float(np.std(means)), "seeds": len(each)} | closed(each, own, zero, groups, seed)
+             "spread": float(np.std(means, ddof=1)) if len(means) > 1 else np.nan, "seeds": len(each)}
+            | closed(each, own, zero, groups, seed)
         )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -51,7 +51,7 @@ def notes(table: pd.DataFrame, row: dict[str, Any]) -> list[str]:
     found = []
     linear = table[table["kind"] == "linear"]
     if row["kind"] != "linear" and len(linear):
-        other = linear.iloc[0]
+        other = linear.loc[linear["validation"].idxmin()]
         found.append(
             f"Held-out loss {row['heldout']:.4g} against {other['heldout']:.4g} of linear, "
             f"{row['parameters'] / other['parameters']:.2g} times its parameters; the student's loss {row['nll']:.4f} "

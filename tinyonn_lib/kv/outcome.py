@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from tinyonn_lib.evaluate import Difference
+from tinyonn_lib import evaluate
+from tinyonn_lib.evaluate import Difference, Loss
 from tinyonn_lib.kv import judge, recommend
 from tinyonn_lib.kv.cache import KVModel
-from tinyonn_lib.kv.contest import LORA, OURS, OURS_CACHES, RIDGE, RIDGE_TRAINED, Contest, Texts
+from tinyonn_lib.kv.contest import LORA, OURS, OURS_CACHES, RIDGE, RIDGE_TRAINED, SHUFFLED, Contest, Texts
 from tinyonn_lib.kv.document import document
 from tinyonn_lib.kv.projector import KVDimensionProjector
 
@@ -40,7 +41,7 @@ def beside(measured: pd.DataFrame) -> pd.DataFrame:
         {"document": said.loc[ratio, "configuration"], "parameters": said.loc[ratio, "parameters"],
          "steps": said.loc[ratio, "steps_to_target"], "loss": said.loc[ratio, "loss"],
          "measured": row["configuration"], "its parameters": int(row["parameters"]),
-         "its steps": row["steps_to_target"], "its loss, held-out": row["heldout"], "nats per token": row["nll"]}
+         "its steps": row["steps_to_target"], "its loss, held-out": row["heldout"], "nats, 32 texts": row["nll"]}
         for ratio, row in _best_of_ratio(measured).iterrows()
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -96,10 +97,28 @@ def short(ring: Contest) -> pd.DataFrame:
 
 def sources(ring: Contest) -> dict[str, judge.Source]:
     """Caches worth comparing after a single hand-over, the student's own first."""
-    named = [ring.best(["ours"]), RIDGE, ring.best(["document"])]
-    floors = {name: ring.floors[name] for name in (judge.OWN, judge.ZERO, judge.OTHER)}
+    named = [OURS, OURS_CACHES, RIDGE, RIDGE_TRAINED, ring.best(["document"])]
+    floors = {name: ring.floors[name] for name in (judge.OWN, judge.ZERO, SHUFFLED)}
     first, *last = floors.items()
     return dict([first, *((name, judge.projected(ring.projectors[name])) for name in named), *last])
+
+
+def single(ring: Contest, losses: Mapping[str, Loss]) -> pd.DataFrame:
+    """After one hand-over, over all tokens that follow: our best minus the others, `against, difference, low, high`.
+
+    Args:
+        losses: of `profile.by_distance`.
+    """
+    best = ring.best(["ours"])
+    read = losses[best].tokens > 0
+    groups = [source for source, there in zip(ring.texts.heldout.source, read, strict=True) if there]
+    cut = {label: Loss(loss.nats[read], loss.tokens[read]) for label, loss in losses.items()}
+    rows = []
+    for label in cut:
+        if label != best:
+            gap = evaluate.paired([cut[best]], cut[label], groups, seed=ring.recipe.seed)
+            rows.append((label, gap.mean, gap.low, gap.high, told(gap)))
+    return pd.DataFrame(rows, columns=["against", "difference", "low", "high", "verdict"])
 
 
 def told(gap: Difference) -> str:
@@ -123,10 +142,11 @@ def collapse(table: pd.DataFrame) -> str:
     lines = []
     for row in table.itertuples():
         what = "Frozen" if not row.lr_student else f"Trained along at {row.lr_student:g}"
+        marks = [name for name, there in (("collapsed", row.collapsed), ("harmed", row.harmed)) if there]
         lines.append(
             f"- {what}: error of the caches {row.kv_error:.3f} of their variance, the student's own loss {row.own:.3f} "
             f"({row.own_change:+.3f}{_interval(row.low, row.high, '+.3f')}), spread of its cache × {row.spread:.2f}"
-            + (": **collapsed**" if row.collapsed else "")
+            + (f": **{', '.join(marks)}**" if marks else "")
         )
     return "\n".join(["A low error of the caches is no proof of anything if the student may move, too:", "", *lines])
 
@@ -149,45 +169,56 @@ def together(table: pd.DataFrame, names: Sequence[str]) -> str:
     )
 
 
-def verdict(ring: Contest, found: pd.DataFrame) -> str:
+def verdict(ring: Contest, found: pd.DataFrame, once: pd.DataFrame) -> str:
     """What was learned.
 
     Args:
         found: of `duels`.
+        once: of `single`.
     """
     table, rows = ring.table().set_index("cache"), found.set_index("against")
     best = ring.best(["ours"])
-    own, lines = table.loc[best], []
-    lines.append(
+    own, ridge = table.loc[best], table.loc[RIDGE]
+    lines = [
         f"Handed over at every token, the student pays **{own['nll']:.3f}** nats per token with `{best}`, "
         f"{table.loc[judge.OWN, 'nll']:.3f} with its own cache and {table.loc[judge.ZERO, 'nll']:.3f} with zeros: "
-        f"**{own['closed']:.1%}**{_interval(own['closed_low'], own['closed_high'], '.1%')} of the gap is closed."
-    )
-    names = [RIDGE, RIDGE_TRAINED, "linear", ring.best(["document"]), judge.OWN, LORA]
-    for name in dict.fromkeys(name for name in names if name in rows.index):
-        row = rows.loc[name]
-        lines.append(
-            f"- against `{name}` ({row['kind']}): **{row['verdict']}**, {row['difference']:+.4f}"
-            f"{_interval(row['low'], row['high'], '+.4f')}"
-        )
-    if best == OURS:
-        lines.append(
-            "\nWhat is trained on the next token also learns the texts' own habits: a loss below the student's "
-            f"own is owed to that, too, and not to the teacher alone. `{OURS_CACHES}` never saw a next token."
-        )
-    if ring.edges:
-        lines.append(
-            f"\nBest at an end of the learning rates tried: {', '.join(f'`{n}`' for n in sorted(ring.edges))}."
-        )
-    return "\n".join([lines[0], "", *lines[1:]])
+        f"**{own['closed']:.1%}**{_interval(own['closed_low'], own['closed_high'], '.1%')} of the gap is closed; ridge "
+        f"alone closes {ridge['closed']:.1%}.",
+        "",
+    ]
+    document = ring.best(["document"])
+    for name in dict.fromkeys([RIDGE_TRAINED, RIDGE, "linear", document, judge.OWN, LORA]):
+        if name in rows.index:
+            size = f", {table.loc[name, 'parameters']:,} parameters" if table.loc[name, "parameters"] else ""
+            lines.append(f"- against `{name}` ({rows.loc[name, 'kind']}{size}): {_line(rows.loc[name])}")
+    lines += ["", "Handed over once, and then left alone:", ""]
+    after = once.set_index("against")
+    lines += [f"- against `{name}`: {_line(after.loc[name])}" for name in (RIDGE_TRAINED, RIDGE, judge.OWN)]
+    lines += ["", (
+        f"`{best}` has {own['parameters']:,} parameters. What is trained on the next token also learns habits of these "
+        "texts; how much of that comes from the teacher was not separated."
+    )]  # fmt: skip
+    if len(ring.rates_tried) == 1:
+        lines += ["", "Every projector was trained at one learning rate here; the benchmark tries three."]
+    elif ring.edges:
+        lines += ["", f"Best at an end of the rates tried: {', '.join(f'`{n}`' for n in sorted(ring.edges))}."]
+    deepest = max(model.widths.layers for model in ring.texts.train.teachers.values())
+    if ring.layers[RIDGE] < deepest:
+        lines += ["", f"`{RIDGE}` reads {ring.layers[RIDGE]} of {deepest} layers: more are beyond a closed form."]
+    return "\n".join(lines)
 
 
-def metrics(ring: Contest, found: pd.DataFrame) -> dict[str, float]:
+def _line(row: pd.Series) -> str:
+    return f"**{row['verdict']}**, {row['difference']:+.4f}{_interval(row['low'], row['high'], '+.4f')}"
+
+
+def metrics(ring: Contest, found: pd.DataFrame, once: pd.DataFrame) -> dict[str, float]:
     """The numbers of `verdict`."""
     table = ring.table().set_index("cache")
     best = ring.best(["ours"])
     numbers = {f"nll: {label}": float(row["nll"]) for label, row in table.iterrows()}
     numbers |= {f"best minus {row.against}": float(row.difference) for row in found.itertuples()}
+    numbers |= {f"one hand-over, best minus {row.against}": float(row.difference) for row in once.itertuples()}
     return numbers | {"closed": float(table.loc[best, "closed"]), "parameters": float(table.loc[best, "parameters"])}
 
 

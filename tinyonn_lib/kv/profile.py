@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.evaluate import Loss
 from tinyonn_lib.kv.align import by_depth, by_similarity, cka
 from tinyonn_lib.kv.cache import KV
 from tinyonn_lib.kv.data import Caches, own_of, teachers_of
@@ -91,7 +93,7 @@ def continued(
 
 
 @torch.no_grad()
-def by_distance(sources: Mapping[str, Source], caches: Caches, at: int) -> pd.DataFrame:
+def by_distance(sources: Mapping[str, Source], caches: Caches, at: int) -> tuple[pd.DataFrame, dict[str, Loss]]:
     """Loss of the tokens after one hand-over: the student is given the first `at` tokens' cache and reads on by itself.
 
     Args:
@@ -99,25 +101,26 @@ def by_distance(sources: Mapping[str, Source], caches: Caches, at: int) -> pd.Da
         at: tokens in the handed-over cache; shorter texts are left out.
 
     Returns:
-        `cache, after, nll, tokens`: after how many tokens of its own (1, 2, 4, 8 …: the first of a range that doubles).
+        `cache, after, nll, tokens`: after how many tokens of its own (1, 2, 4, 8 …: the first of a range that doubles);
+        and label → loss per text over all tokens after the hand-over, for `evaluate.paired`.
 
     Raises:
         BenchError: `at` leaves nothing to predict.
     """
-    sums: dict[str, np.ndarray] = {}
-    count = np.zeros(max(0, caches.ids.shape[1] - at - 1))
-    for label, source in sources.items():
-        total = np.zeros_like(count)
-        for batch in caches.batches():
+    found: dict[str, list[Tensor]] = {label: [] for label in sources}
+    masks = []
+    for batch in caches.batches():
+        masks.append(batch["mask"][:, at + 1 :].cpu())
+        for label, source in sources.items():
             kv = source(batch)
             assert kv is not None, "a hand-over hands something over"
-            total += nats_after(caches.student, kv, batch["ids"], batch["mask"], at).double().sum(0).cpu().numpy()
-        sums[label] = total
-    for batch in caches.batches():
-        count += batch["mask"][:, at + 1 :].sum(0).cpu().numpy()
+            found[label].append(nats_after(caches.student, kv, batch["ids"], batch["mask"], at).double().cpu())
+    nats = {label: torch.cat(parts).numpy() for label, parts in found.items()}
+    real = torch.cat(masks).numpy()
     rows = []
-    for first in [2**power for power in range(int(np.log2(max(1, len(count)))) + 1)]:
-        places = slice(first - 1, min(2 * first - 1, len(count)))
-        if tokens := int(count[places].sum()):
-            rows += [(label, first, total[places].sum() / tokens, tokens) for label, total in sums.items()]
-    return pd.DataFrame(rows, columns=["cache", "after", "nll", "tokens"])
+    for first in [2**power for power in range(int(np.log2(max(1, real.shape[1]))) + 1)]:
+        places = slice(first - 1, 2 * first - 1)
+        if tokens := int(real[:, places].sum()):
+            rows += [(label, first, each[:, places].sum() / tokens, tokens) for label, each in nats.items()]
+    table = pd.DataFrame(rows, columns=["cache", "after", "nll", "tokens"])
+    return table, {label: Loss(each.sum(1), real.sum(1)) for label, each in nats.items()}

@@ -14,8 +14,8 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.kv.log import FACTORS
 
 RATIO, DROPOUT = 2.0, 0.0
-"""The rule. On the embedded pair each doubling of the width lowered the student's loss, and dropout did not (see
-benchmarks/results/kv_projector.json); nothing was measured that would give a smaller teacher a narrower projector."""
+"""The rule for the document's shared adapters. On the one pair that was measured (benchmarks/results/kv_projector.json)
+each doubling of the width lowered the student's loss, and dropout did not."""
 
 DOCUMENT = ((0.0, 0.5, 0.1), (14e9, 1.0, 0.1), (30e9, 2.0, 0.15))
 """From this many parameters of the teacher on (included): mlp_ratio, dropout (003, §Recommended configuration)."""
@@ -64,10 +64,11 @@ def recommended(teacher_params: float) -> Recommendation:
     beyond = f" It ends at {LARGEST / 1e9:g} billion." if size > LARGEST else ""
     return Recommendation(
         RATIO, DROPOUT,
-        f"mlp_ratio {RATIO:g} and dropout {DROPOUT:g}, whatever the teacher's size: where it was measured, every "
-        "doubling of the width helped, dropout did not, and nothing speaks for less with a smaller teacher. Document "
-        f"003 gives teachers {reach} parameters mlp_ratio {ratio:g} and dropout {dropout:g}; this one has "
-        f"{size / 1e9:.3g} billion.{beyond} Where memory is short take less, and measure your pair with `sweep`.",
+        f"mlp_ratio {RATIO:g} and dropout {DROPOUT:g} for shared adapters, whatever the teacher's size: on "
+        "the one pair that was measured every doubling of the width helped and dropout did not; how that depends on "
+        f"the size was not measured. Document 003 gives teachers {reach} parameters mlp_ratio {ratio:g} and dropout "
+        f"{dropout:g}; this one has {size / 1e9:.3g} billion.{beyond} Where memory is short take less, and "
+        "measure your pair with `sweep`.",
         ratio,
     )  # fmt: skip
 
@@ -82,7 +83,8 @@ def judged(table: pd.DataFrame, ratios: Mapping[str, float]) -> str:
     Returns:
         One sentence per line. Each ratio is represented by its configuration with the least validation loss.
     """
-    linear, mlps = table[table["kind"] == "linear"].iloc[0], table[table["kind"] == "mlp"]
+    linears, mlps = (table[table["kind"] == kind].reset_index(drop=True) for kind in ("linear", "mlp"))
+    linear = linears.loc[linears["validation"].idxmin()]
     best = mlps.loc[mlps.groupby("mlp_ratio")["validation"].idxmin()].set_index("mlp_ratio")
     gain = (linear["heldout"] - best["heldout"]) / best["parameters"] * 1e6
     lines = [

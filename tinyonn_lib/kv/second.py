@@ -93,12 +93,14 @@ def together(
     recipe: Recipe,
     resume: Path | None = None,
     progress: Callable[[str, str], Progress] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Each teacher alone and all of them through gates, same texts, steps and rate.
 
     Args:
         seen: caches with every teacher.
         names: of the teachers.
+        options: of `from_configs`.
 
     Returns:
         `judge.table` for every teacher, all together, and the floors; and how much each teacher counted where
@@ -110,7 +112,8 @@ def together(
     for label, chosen in [*((name, [name]) for name in names), (" and ".join(names), list(names))]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            one = KVDimensionProjector.from_configs({n: configs[n] for n in chosen}, seen.train.student.model.config)
+            chosen_configs = {name: configs[name] for name in chosen}
+            one = KVDimensionProjector.from_configs(chosen_configs, seen.train.student.model.config, **(options or {}))
         fit_ridge(one.to(seen.train.student.device), seen.train, seen.validation)
         told, kept = progress and progress(f"from {label}", "steps"), resume and resume / f"together_{len(made)}.pt"
         train(one, seen.train, recipe, validation=seen.validation, progress=told, checkpoint=kept)

@@ -56,7 +56,7 @@ def sweep(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Train and judge 55 configurations of the document's projector (003, §Benchmark): shared adapters, no dropout.
+    """Train and judge 57 configurations of the document's projector (003, §Benchmark): shared adapters, no dropout.
 
     Dropout is 0 because random zeros could not be the same for a configuration alone and among others. Losses are mean
     squared errors, keys plus values, as `compute_kv_loss`. Each configuration is judged at the learning rate with the
@@ -71,7 +71,7 @@ def sweep(
 
     Returns:
         The table has `configuration, kind, mlp_ratio, layernorm, activation, init, dropout, steps, batch, seeds`;
-        `parameters` (keys and values), `lr`, `lr_at_edge` (of the rates tried), `initial_loss`, `validation` (final),
+        `parameters` (keys and values), `lr`, `lr_at_edge` (of three or more), `initial_loss`, `validation` (final),
         `heldout`, `heldout_spread` (standard deviation over seeds, NaN with one), `steps_to_target` (mean curve; NaN:
         never), `dead_units` (share, keys and values), `nll` (nats per held-out token of the student with the projected
         cache), `nll_spread`, `seconds_per_step` (alone), `slower` (ratio to linear), `memory` (bytes to train it).

@@ -22,6 +22,10 @@ from tinyonn_lib.lm.samples import shuffled
 from tinyonn_lib.lm.train import fit
 from tinyonn_lib.progress import Progress
 
+ANCHOR = 3.0
+"""Weight, in "lm", of the distance to the student's own cache. Without it the caches drift apart (R² of keys below 0),
+which every-token hand-overs do not notice and a student that reads on by itself does: what it adds no longer fits."""
+
 LOOKS = 4
 """How often in a training validation texts are looked at."""
 
@@ -34,7 +38,7 @@ class Recipe:
 
     Attributes:
         objective: a measure of `compute_kv_loss` to the student's own cache, or "lm": the student's loss on the next
-            token, its weights frozen.
+            token, its weights frozen, plus `ANCHOR` times the mean squared error.
         lr: AdamW's peak rate for the projector; the document's 1e-3 by default.
         lr_student: AdamW's peak rate for the student, which then trains, too (document: 5e-5); 0: frozen.
         batch: texts per step.
@@ -122,11 +126,12 @@ def train(
 @torch.no_grad()
 def _held_out(projector: KVDimensionProjector, validation: Caches, recipe: Recipe) -> float:
     projector.eval()
-    total = 0.0
+    total, tokens = 0.0, 0
     for batch in validation.batches():
-        total += float(loss(projector, validation, batch, recipe)) * len(batch["ids"])
+        count = int(batch["mask"].sum())
+        total, tokens = total + float(loss(projector, validation, batch, recipe)) * count, tokens + count
     projector.train()
-    return total / len(validation)
+    return total / tokens
 
 
 def loss(projector: KVDimensionProjector, caches: Caches, batch: Batch, recipe: Recipe) -> Tensor:
@@ -134,6 +139,7 @@ def loss(projector: KVDimensionProjector, caches: Caches, batch: Batch, recipe: 
     said = projector(teachers_of(batch, caches.names))
     if recipe.objective == "lm":
         each = nats(caches.student, said, batch["ids"], batch["mask"])
-        return each.sum() / batch["mask"][:, 1:].sum()
+        near = compute_kv_loss(own_of(batch), said, mask=batch["mask"])
+        return each.sum() / batch["mask"][:, 1:].sum() + ANCHOR * near
     own = caches.student.read(batch["ids"]) if recipe.lr_student else own_of(batch)
     return compute_kv_loss(own, said, recipe.objective, heads=caches.student.widths.heads, mask=batch["mask"])

@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def inits(self) -> tuple[str, ...]:
-        return ("xavier",) if self.kind == "linear" else get_args(Init)
+        return get_args(Init)
 
     def label(self, init: str) -> str:
         if self.kind == "linear":
@@ -55,7 +55,7 @@ SHAPES = (
         for activation in get_args(Activation)
     ),
 )
-"""19 shapes; with three inits of each MLP 55 configurations."""
+"""19 shapes; with three inits of each 57 configurations."""
 
 
 class Task:
@@ -105,7 +105,7 @@ class Task:
             rows.append(
                 {"configuration": shape.label(init), **asdict(shape), "init": init, "dropout": 0.0, "steps": plan.steps,
                  "batch": plan.batch, "seeds": plan.seeds, "parameters": chosen[0].count_parameters()["total"],
-                 "lr": plan.rates[best], "lr_at_edge": best in (0, len(plan.rates) - 1),
+                 "lr": plan.rates[best], "lr_at_edge": len(plan.rates) > 2 and best in (0, len(plan.rates) - 1),
                  "initial_loss": float(curve[0, best, place]), "validation": float(curve[-1, best, place]),
                  **_over("heldout", [judge.error(judge.projected(p), self.held)["mse"] for p in chosen]),
                  "steps_to_target": float(reached[0]) if reached else float("nan"),

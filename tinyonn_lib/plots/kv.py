@@ -90,7 +90,7 @@ def kv_factors(table: pd.DataFrame, value: str = "nll", unit: str = "nats per to
     said = []
     for column, factor in enumerate(_FACTORS, 1):
         levels = list(dict.fromkeys(mlps[factor]))
-        names = [f"{level:g}×" if factor == "mlp_ratio" else str(level) for level in levels]
+        names = [f"{level:g}×" if factor == "mlp_ratio" else html.escape(str(level)) for level in levels]
         names = [{"True": "with", "False": "without"}.get(name, name) for name in names]
         for number, (level, name) in enumerate(zip(levels, names, strict=True)):
             rows = mlps[mlps[factor] == level]
