@@ -356,7 +356,7 @@ def test_hostile_text_is_shown_as_text(home: Path) -> None:
 def test_index_has_a_card_for_every_phase(home: Path) -> None:
     page = (home / "reports/index.html").read_text("utf-8")
     for phase in PHASES.values():
-        assert html.escape(phase.title) in page
+        assert phase.title in html.unescape(page)
         assert f'href="default/{phase.name}.html"' in page
         assert (home / "reports/default" / f"{phase.name}.html").is_file()
 
