@@ -103,7 +103,7 @@ def together(
         options: of `from_configs`.
 
     Returns:
-        `judge.table` for every teacher, all together, and the floors; and how much each teacher counted where
+        `judge.table` for every teacher, all together, and the floors, with `kind`; and how much each counted where
         all speak: `teacher, layer, keys, values` (mean weight over held-out tokens).
     """
     configs = {name: seen.train.teachers[name].model.config for name in names}
@@ -119,7 +119,10 @@ def together(
         train(one, seen.train, recipe, validation=seen.validation, progress=told, checkpoint=kept)
         made[label] = one
         losses[label] = [judge.loss(judge.projected(one), seen.heldout)]
-    return judge.table(losses, seen.heldout.source), _weights(made[" and ".join(names)], seen)
+    table = judge.table(losses, seen.heldout.source)
+    kinds = dict.fromkeys(made, "ours") | {judge.OWN: "reference"}
+    table["kind"] = [kinds.get(label, "floor") for label in table["cache"]]
+    return table, _weights(made[" and ".join(names)], seen)
 
 
 @torch.no_grad()
