@@ -51,8 +51,15 @@ ROPES: dict[str, dict[str, Any]] = {
 C2C = 17.1e6
 """Parameters per layer of C2C's projector from Qwen2.5-0.5B to Qwen3-0.6B (PEERS.md §8)."""
 
-SPEEDS = ((512, 256, 1.0), (512, 256, 2.0), (1024, 256, 1.0), (5120, 1536, 0.5))
-"""Width, student's width, ratio: Qwen2.5-7B and 14B (its KV heads) into 1.5B, and the document's own figures."""
+SPEEDS = (
+    (64, 64, 1.0),
+    (128, 1024, 2.0),
+    (512, 256, 1.0),
+    (512, 256, 2.0),
+    (1024, 256, 1.0),
+    (5120, 1536, 0.5),
+)
+"""Width, student's width, ratio: the embedded pair, C2C's, Qwen2.5-7B, 14B (KV heads) into 1.5B, the document's own."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:

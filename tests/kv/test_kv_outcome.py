@@ -18,7 +18,6 @@ from tinyonn_lib.kv import judge, outcome
 from tinyonn_lib.kv.cache import KVModel
 from tinyonn_lib.kv.contest import LORA, OURS, OURS_CACHES, RIDGE, RIDGE_TRAINED, SHUFFLED, Contest, Texts
 from tinyonn_lib.kv.data import Caches, teachers_of
-from tinyonn_lib.kv.projector import KVDimensionProjector
 from tinyonn_lib.kv.train import Recipe
 
 NAN = math.nan
@@ -59,7 +58,7 @@ LEVEL = {RIDGE: 0.5, RIDGE_TRAINED: 0.2, "linear": 0.6, OURS_CACHES: 0.4, OURS: 
      (-1.0, 0.0, "no clear difference"), (NAN, NAN, "too few sources")],
 )  # fmt: skip
 def test_told(low: float, high: float, says: str) -> None:
-    assert outcome.told(Difference(0.5, low, high, 20)) == says
+    assert Difference(0.5, low, high, 3 if says == "too few sources" else 20).standing == says
 
 
 def test_duels_are_ours_minus_theirs(texts: Texts) -> None:
@@ -199,7 +198,7 @@ def test_beside_takes_each_ratio_s_best_by_validation() -> None:
     assert found.loc["MLP 1.0x", "its loss, held-out"] == measured.loc[poor, "heldout"] > 0.5
     assert found.loc["Linear", ["parameters", "its parameters", "loss"]].tolist() == [7.9e6, 8000, 6.09]
     least = measured[measured["mlp_ratio"] == 2.0].sort_values("validation").iloc[0]
-    assert found.loc["MLP 2.0x", ["its loss, held-out", "nats, 32 texts"]].tolist() == [least["heldout"], least["nll"]]
+    assert found.loc["MLP 2.0x", ["its loss, held-out", "nats per token"]].tolist() == [least["heldout"], least["nll"]]
 
 
 def test_costs_say_where_a_rate_is_at_an_edge() -> None:
@@ -249,11 +248,3 @@ def test_two_teachers_against_the_better_one(both: float, says: str) -> None:
     pair = pd.DataFrame({"cache": ["a", "b", "a and b", judge.OWN], "nll": [4.2, 4.1, both, 3.9]})
     said = outcome.together(pair, ["a", "b"])
     assert f"{says} the better of them alone (`b`, 4.1000)" in said
-
-
-def test_sizes(student: KVModel, teacher: KVModel) -> None:
-    projector = KVDimensionProjector.from_configs(
-        {"t": teacher.model.config}, student.model.config, kind="linear", sources=1, joint=False
-    )
-    one = 32 * 16 + 16
-    assert outcome.sizes(projector) == {"parameters": 2 * 3 * one, "per layer, t": 2 * one}

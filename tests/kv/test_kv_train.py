@@ -21,7 +21,7 @@ from tinyonn_lib.kv.cache import KV, KVModel
 from tinyonn_lib.kv.data import Caches, own_of, teachers_of
 from tinyonn_lib.kv.loss import compute_kv_loss
 from tinyonn_lib.kv.projector import KVDimensionProjector
-from tinyonn_lib.kv.train import Recipe, loss, recipe, train
+from tinyonn_lib.kv.train import Recipe, loss, train
 
 OBJECTIVES = ["mse", "cosine", "normalised", "lm"]
 
@@ -268,9 +268,7 @@ def test_every_text_in_its_turn(texts: Caches) -> None:
     assert seen[:24] not in (seen[24:], list(range(24)))
 
 
-def test_recipe_from_a_phase_s_parameters() -> None:
-    found = recipe({"lr": 2e-3, "steps": 7, "objective": "lm", "model": "x", "mlp_ratio": 2.0})
-    assert found == Recipe("lm", lr=2e-3, steps=7)
+def test_the_document_s_rates_are_the_defaults() -> None:
     assert (Recipe().lr, Recipe().lr_student, Recipe().objective) == (1e-3, 0.0, "mse")
 
 

@@ -91,6 +91,13 @@ class Difference:
         """How much the first loses against the second; "about as much as" when the interval holds 0 or is missing."""
         return "less than" if self.high < 0 else "more than" if self.low > 0 else "about as much as"
 
+    @property
+    def standing(self) -> str:
+        """Of the first: "better", "worse", "no clear difference", or "too few sources" for an interval."""
+        if self.groups < MIN_GROUPS:
+            return "too few sources"
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "no clear difference"
+
     def __str__(self) -> str:
         if self.groups < MIN_GROUPS:
             return f"{self.mean:+.3f} (no interval: {self.groups} source files)"

@@ -23,6 +23,8 @@ Batch = dict[str, Tensor]
 Read = tuple[list[int], list[tuple[int, int]]]
 """Token ids of a text, and the characters that each stands for."""
 
+NOT_FINITE = "The caches hold NaN or infinite values: check the models that made them."
+
 KEEP = 2**31
 """Bytes of caches that are kept in memory; beyond that they are computed each time they are asked for."""
 

@@ -9,12 +9,11 @@ from typing import Any
 import pandas as pd
 
 from tinyonn_lib import evaluate
-from tinyonn_lib.evaluate import Difference, Loss
+from tinyonn_lib.evaluate import Loss
 from tinyonn_lib.kv import judge, recommend
 from tinyonn_lib.kv.cache import KVModel
 from tinyonn_lib.kv.contest import LORA, OURS, OURS_CACHES, RIDGE, RIDGE_TRAINED, SHUFFLED, Contest, Texts
 from tinyonn_lib.kv.document import document
-from tinyonn_lib.kv.projector import KVDimensionProjector
 
 
 def facts(models: dict[str, KVModel], texts: Texts) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def beside(measured: pd.DataFrame) -> pd.DataFrame:
         {"document": said.loc[ratio, "configuration"], "parameters": said.loc[ratio, "parameters"],
          "steps": said.loc[ratio, "steps_to_target"], "loss": said.loc[ratio, "loss"],
          "measured": row["configuration"], "its parameters": int(row["parameters"]),
-         "its steps": row["steps_to_target"], "its loss, held-out": row["heldout"], "nats, 32 texts": row["nll"]}
+         "its steps": row["steps_to_target"], "its loss, held-out": row["heldout"], "nats per token": row["nll"]}
         for ratio, row in _best_of_ratio(measured).iterrows()
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -84,7 +83,7 @@ def duels(ring: Contest) -> pd.DataFrame:
     for label, kind in ring.kinds.items():
         if label != best:
             gap = ring.duel(best, label)
-            rows.append((label, kind, gap.mean, gap.low, gap.high, told(gap)))
+            rows.append((label, kind, gap.mean, gap.low, gap.high, gap.standing))
     return pd.DataFrame(rows, columns=["against", "kind", "difference", "low", "high", "verdict"])
 
 
@@ -117,15 +116,8 @@ def single(ring: Contest, losses: Mapping[str, Loss]) -> pd.DataFrame:
     for label in cut:
         if label != best:
             gap = evaluate.paired([cut[best]], cut[label], groups, seed=ring.recipe.seed)
-            rows.append((label, gap.mean, gap.low, gap.high, told(gap)))
+            rows.append((label, gap.mean, gap.low, gap.high, gap.standing))
     return pd.DataFrame(rows, columns=["against", "difference", "low", "high", "verdict"])
-
-
-def told(gap: Difference) -> str:
-    """A verdict about the first."""
-    if math.isnan(gap.high):
-        return "too few sources"
-    return "better" if gap.high < 0 else "worse" if gap.low > 0 else "no clear difference"
 
 
 def _interval(low: float, high: float, form: str) -> str:
@@ -230,9 +222,3 @@ def headline(ring: Contest) -> tuple[str, str]:
         "of the gap between no memory (zeros) and the student's own is closed by its teacher's",
         f"{row['closed']:.0%}",
     )
-
-
-def sizes(projector: KVDimensionProjector) -> dict[str, Any]:
-    """How large a projector is."""
-    count = projector.count_parameters()
-    return {"parameters": count["total"]} | {f"per layer, {name}": n for name, n in count["per_layer"].items()}

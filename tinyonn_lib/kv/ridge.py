@@ -11,14 +11,11 @@ from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.kv.adapter import Residual
-from tinyonn_lib.kv.data import Batch, Caches, own_of, teachers_of
+from tinyonn_lib.kv.data import NOT_FINITE, Batch, Caches, own_of, teachers_of
 from tinyonn_lib.kv.projector import SIDES, KVDimensionProjector
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Tried, in units of the inputs' mean variance; the one with the least error on validation text is taken."""
-
-NOT_FINITE = "The caches hold NaN or infinite values: check the models that made them."
-
 
 MEMORY = 2**33
 """Bytes of moments held at a time."""

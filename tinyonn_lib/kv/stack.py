@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.kv.data import Caches, own_of, teachers_of
+from tinyonn_lib.kv.data import NOT_FINITE, Caches, own_of, teachers_of
 from tinyonn_lib.kv.projector import SIDES, KVDimensionProjector
 from tinyonn_lib.lm.samples import shuffled
 from tinyonn_lib.lm.schedule import lr_factor
@@ -84,7 +84,7 @@ def rows_of(projector: KVDimensionProjector, caches: Caches, most: int) -> Rows:
         found.append((x[:, picked].float(), y[:, picked].float()))
     rows = Rows(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
     if not (torch.isfinite(rows.x).all() and torch.isfinite(rows.y).all()):
-        raise BenchError("The caches hold NaN or infinite values: check the models that made them.")
+        raise BenchError(NOT_FINITE)
     return rows
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -61,12 +60,6 @@ class Recipe:
                 f"lr={self.lr}, lr_student={self.lr_student}, batch={self.batch}: give a rate above 0, one from 0, and "
                 "one text or more."
             )
-
-
-def recipe(values: Mapping[str, Any]) -> Recipe:
-    """From a phase's parameters; those with other names are left alone."""
-    names = {field.name for field in fields(Recipe)}
-    return Recipe(**{name: value for name, value in values.items() if name in names})
 
 
 def train(

@@ -53,9 +53,7 @@ def duels(ring: Contest) -> pd.DataFrame:
     rows = []
     for label in [BASE, *(name for name in ring.contenders if name != OWN)]:
         gap = ring.between(OWN, label)
-        clear = "better" if gap.high < 0 else "worse" if gap.low > 0 else "no clear difference"
-        clear = "too few sources" if gap.high != gap.high else clear
-        rows.append((label, gap.mean, gap.low, gap.high, clear))
+        rows.append((label, gap.mean, gap.low, gap.high, gap.standing))
     return pd.DataFrame(rows, columns=["against", "difference", "low", "high", "verdict"])
 
 
