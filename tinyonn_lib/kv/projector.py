@@ -202,11 +202,13 @@ class KVDimensionProjector(nn.Module):
 
     def _project(self, name: str, kv: KV) -> KV:
         like = next(self.adapters.parameters())  # a teacher in bfloat16, or on another device, fills its cache there
+        read: list[Tensor] = []
         kv, sides = KV(kv.keys.to(like), kv.values.to(like)), []
         for side in SIDES:
-            layers, depth = self.of(name, side), range(self.student_layers)
-            said = [_applied(layers[n % len(layers)], self.reads(name, kv, side, n)) for n in depth]
-            sides.append(torch.stack(said, 1))
+            layers = self.of(name, side)
+            if not (read and self.options["joint"]):  # jointly, keys and values are made of the same input
+                read = [self.reads(name, kv, side, n) for n in range(self.student_layers)]
+            sides.append(torch.stack([_applied(layers[n % len(layers)], x) for n, x in enumerate(read)], 1))
         return KV(*sides)
 
     def count_parameters(self) -> dict[str, Any]:
