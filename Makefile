@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; install one or give PYTHON=/path/to/python."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "Cannot make a virtual environment: install your system's python3-venv package."; exit 1; }
 	@echo "Installing into $(VENV): two to three minutes, about 3 GB."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,nf4,gguf,train]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,nf4,gguf,train,align]'
 	@touch $@
 
 clean:

@@ -32,7 +32,7 @@ def overrides(texts: Path) -> list[str]:
     values = {
         "pretrain": f"texts={texts} calibration=0.2 heldout=0.1 vocab_size=320 width=32 layers=2 heads=2 kv_heads=1 "
         "head_dim=16 ffn=64 student_width=16 student_layers=1 student_ffn=32 tokens=24000 student_tokens=6000 "
-        "batch=8 length=32 ngram_order=3",
+        "batch=8 length=32 ngram_order=3 tokenizers=300",
         "scan": "tokens=1500 length=48 flush_seconds=0.2",
         "cluster": "clusters=3 neighbours=8 tokens=1500 length=48",
         "experts": "experts=4 eval_tokens=1000 other_tokens=300 tokens=600 length=48 seeds=2 pool=6 pool_size=8 "
@@ -44,6 +44,9 @@ def overrides(texts: Path) -> list[str]:
         "evaluate": "documents=12 questions=8",
         "kv": "tokens=1500 eval_tokens=600 length=32 steps=4 batch=4 sweep_steps=4 sweep_rates=1.0e-2 "
         "second_tokens=3000 handover=8 student_rates=1.0e-3",
+        # Ten numbers, 55 sums: so tiny a model is at least sometimes right.
+        "align": "distil_tokens=1500 distil_heldout=12 length=32 size=9 warm_prompts=60 warm_steps=60 prompts=40 "
+        "tune_prompts=8 heldout_prompts=16 steps=2 prompts_per_step=4 group=4 updates=2",
     }
     found = [f"{phase}.{item}" for phase, items in values.items() for item in items.split()]
     return [*found, f"pretrain.prompts='The|{HOSTILE}'"]

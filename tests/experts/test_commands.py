@@ -51,7 +51,7 @@ def test_convert_with_a_router(folder: Path, tmp_path: Path) -> None:
 def test_gguf_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
     assert cli.main(["moe", "convert", str(folder), str(folder / "partition_sp.parquet"), str(tmp_path / "moe")]) == 0
-    assert cli.main(["moe", "gguf", str(tmp_path / "moe"), str(tmp_path / "moe.gguf")]) == 0
+    assert cli.main(["gguf", str(tmp_path / "moe"), str(tmp_path / "moe.gguf")]) == 0
     assert "token_embd.weight" in {tensor.name for tensor in gguf.GGUFReader(tmp_path / "moe.gguf").tensors}
 
 

@@ -1,9 +1,10 @@
-"""GGUF files hold the checkpoint: each tensor's bytes, each hyperparameter, and llama.cpp's logits if it is here."""
+"""Divided checkpoints as GGUF files: each tensor's bytes, each hyperparameter, and llama.cpp's logits if it is here."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tinyonn_lib.errors import BenchError
 from tinyonn_lib.experts import export
-from tinyonn_lib.experts.gguf import to_gguf
 from tinyonn_lib.lm import tokenizer
+from tinyonn_lib.lm.gguf import to_gguf
 
 from .dense import dense, divide
-from .test_export import files_at_most
 
 gguf = pytest.importorskip("gguf")
 IDS = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -138,93 +137,17 @@ def field(reader: Any, key: str) -> Any:
     return None if found is None else found.contents()
 
 
-def test_the_tokenizer_travels(folders: dict[str, Path], tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    reader = gguf.GGUFReader(to_gguf(folders["Qwen2Moe"], tmp_path / "model.gguf"))
-    tokens = field(reader, "tokenizer.ggml.tokens")
-    assert tokens[: len(tok)] == tok.convert_ids_to_tokens(range(len(tok)))
-    assert tokens[len(tok) :] == [f"[PAD{i}]" for i in range(len(tok), 310)]
-    kinds = field(reader, "tokenizer.ggml.token_type")
-    assert kinds == [3, 3, *[1] * (len(tok) - 2), *[5] * (310 - len(tok))]  # control, normal, unused
-    merges = json.loads((folders["Qwen2Moe"] / "tokenizer.json").read_text())["model"]["merges"]
-    assert field(reader, "tokenizer.ggml.merges") == [" ".join(pair) for pair in merges]
-    assert field(reader, "tokenizer.ggml.model") == "gpt2"
-    assert field(reader, "tokenizer.ggml.pre") == "gpt-2"
-    assert field(reader, "tokenizer.ggml.eos_token_id") == tok.eos_token_id
-
-
-@pytest.mark.parametrize(("numbers", "pre"), [(r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}{1,4}", None)])
-def test_how_texts_are_cut(numbers: str, pre: str | None, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = copy(folders["Qwen2Moe"], tmp_path)
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    regex = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    if pre is None:
-        with pytest.raises(BenchError, match="no byte-level BPE cut like GPT-2's, Qwen2's or Llama-3's"):
-            to_gguf(folder, tmp_path / "model.gguf")
-    else:
-        reader = gguf.GGUFReader(to_gguf(folder, tmp_path / "model.gguf"))
-        assert field(reader, "tokenizer.ggml.pre") == pre
-
-
-def copy(folder: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def test_what_llama_cpp_cannot_hold(folders: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "model.gguf"
-    folder = copy(folders["Qwen2Moe, shared, routed"], tmp_path)
-    whole, tensors = (folder / "config.json").read_text(), load_file(folder / "model.safetensors")
-    config = json.loads(whole)
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16}  # fmt: skip
-    for change, message in (
-        ({"rope_parameters": rope}, "cannot hold this model: its rope scaling is 'llama3'"),
-        ({"use_sliding_window": True, "sliding_window": 8}, "it has a sliding window"),
-        ({"hidden_act": "gelu"}, "its activation is 'gelu'"),
-        ({"model_type": "qwen2"}, "is a 'qwen2' model; as GGUF go: qwen2_moe, qwen3_moe, glm4_moe"),
-        ({"vocab_size": 100}, "The tokenizer has ids up to 2.., the model 100 rows"),
-    ):
-        (folder / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(BenchError, match=message):
-            to_gguf(folder, out)
-    (folder / "config.json").write_text(whole)
-    gate = "model.layers.1.mlp.shared_expert_gate.weight"
-    big = "model.layers.0.mlp.experts.0.down_proj.weight"
-    for key, value, dtype, message in (
-        (gate, torch.full((1, 32), 0.1), "f32", "gate of this Qwen2Moe's shared expert was trained"),
-        (big, tensors[big] * 1e6, "f16", "ffn_down_exps.weight holds weights beyond 65504"),
-    ):
-        save_file({**tensors, key: value}, folder / "model.safetensors")
-        with pytest.raises(BenchError, match=message):
-            to_gguf(folder, out, dtype)  # type: ignore[arg-type]
-    with pytest.raises(BenchError, match="Unknown GGUF type 'q4_k': choose one of f32, f16, q8_0"):
-        to_gguf(folder, out, "q4_k")  # type: ignore[arg-type]
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(BenchError, match=r"Cannot read .*tokenizer.json: a GGUF file needs the tokenizer"):
-        to_gguf(folder, out)
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]  # no half file either
-
-
-def test_a_full_disk_leaves_no_file(folders: dict[str, Path], tmp_path: Path) -> None:
-    with files_at_most(50_000), pytest.raises(BenchError, match="Cannot write .*model.gguf: .*Make room") as caught:
-        to_gguf(folders["Qwen2Moe"], tmp_path / "model.gguf")
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_q8_0_needs_widths_of_32(tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model = dense("qwen2", hidden_size=48, vocab_size=310)
-    folder = export.export(model, divide(), tmp_path / "moe", tokenizer=tok)
-    with pytest.raises(BenchError, match="multiples of 32; token_embd.weight has 48"):
-        to_gguf(folder, tmp_path / "model.gguf", "q8_0")
+def test_a_trained_gate_goes_to_another_architecture(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["Qwen2Moe, shared, routed"], tmp_path / "copy"))
+    tensors, gate = load_file(folder / "model.safetensors"), "model.layers.1.mlp.shared_expert_gate.weight"
+    save_file({**tensors, gate: torch.full((1, 32), 0.1)}, folder / "model.safetensors")
+    reader = gguf.GGUFReader(to_gguf(folder, tmp_path / "model.gguf"))
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert field(reader, "general.architecture") == "qwen2moe"
+    assert (found["blk.1.ffn_gate_inp_shexp.weight"] == np.float32(0.1)).all()
+    assert (found["blk.0.ffn_gate_inp_shexp.weight"] == np.float32(1e-12)).all()
+    down = tensors["model.layers.1.mlp.shared_expert.down_proj.weight"].numpy()
+    assert np.array_equal(found["blk.1.ffn_down_shexp.weight"], down)  # its gate keeps the factor
 
 
 @pytest.mark.parametrize("name", CASES)

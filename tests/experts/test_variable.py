@@ -215,7 +215,7 @@ def test_gguf_says_that_it_stays_behind(tmp_path: Path, capsys: pytest.CaptureFi
     rows = [torch.randn(4, 32) for _ in range(2)]
     moe = export.export(dense("qwen3", vocab_size=300), divide(), tmp_path / "moe", tokenizer=tok, k=2, routers=rows)
     for says in (False, True):
-        assert cli.main(["moe", "gguf", str(moe), str(tmp_path / "moe.gguf")]) == 0
+        assert cli.main(["gguf", str(moe), str(tmp_path / "moe.gguf")]) == 0
         assert ("variable_k.json stays behind: a GGUF file has a fixed k" in capsys.readouterr().out) == says
         variable.save(moe, [0.0, 0.0], [2, 2])
 

@@ -66,6 +66,29 @@ def test_every_row_once_an_epoch() -> None:
     assert torch.equal(at(2), at(2))
 
 
+@pytest.mark.parametrize("count", [1, 7, 10, 23])
+def test_batches_of_growing_sizes_are_the_same_stream(count: int) -> None:
+    """Whatever the sizes of the steps are, the rows come in one order: that of batches of one row."""
+    rows = torch.arange(count)[:, None]
+    sizes = [1, 1, 2, 3, 5, 8, 40, 4]
+    ramp, single = samples.shuffled(rows, sizes, seed=3), samples.shuffled(rows, 1, seed=3)
+    expected = torch.cat([single(step) for step in range(sum(sizes))])
+    found = [ramp(step) for step in reversed(range(len(sizes)))][::-1]  # in any order of asking
+    assert [len(part) for part in found] == sizes
+    assert torch.equal(torch.cat(found), expected)
+    steady = samples.shuffled(rows, [4] * 9, seed=3)
+    plain = samples.shuffled(rows, 4, seed=3)
+    assert all(torch.equal(steady(step), plain(step)) for step in range(9))
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    rows = torch.arange(50)
+    one, again, other = (samples.shuffled(rows, [20, 30], seed)(1) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(samples.shuffled(10 * rows, [20, 30], 1)(1), 10 * one)
+
+
 def test_splits_that_came_with_the_texts_stay(texts: pd.DataFrame, tmp_path: Path) -> None:
     file = tmp_path / "texts.parquet"
     own = ["calibration", *["heldout"] * (len(texts) - 1)]

@@ -126,14 +126,16 @@ def test_resume_is_exact(tmp_path: Path, stop_at: int) -> None:
 KILLED = """
 import sys, time, pathlib, torch
 torch.set_num_threads(1)
-from tinyonn_lib.lm import models, pretrain
+from tinyonn_lib.lm import models
+from tinyonn_lib.pretrain.recipe import Recipe
+from tinyonn_lib.pretrain.train import pretrain
 model = models.new_model(vocab_size=64, width=32, layers=1, ffn=64, head_dim=16, max_length=16)
 blocks = torch.randint(0, 64, (40, 16), generator=torch.Generator().manual_seed(0))
 slow = float(sys.argv[2])
 def progress(done, total, note):
     if slow and done >= 10: time.sleep(60)  # hold still after a checkpoint, so that the kill hits a known place
-history = pretrain.pretrain(blocks, model, tokens=40 * 8 * 16, batch=8, checkpoint=pathlib.Path(sys.argv[1]),
-                            every_seconds=0.0 if slow else 60, progress=progress, shards=2)
+history = pretrain(blocks, model, Recipe(batch=8), tokens=40 * 8 * 16, checkpoint=pathlib.Path(sys.argv[1]),
+                   every_seconds=0.0 if slow else 60, progress=progress, shards=2)
 total = sum(p.double().sum() for p in model.parameters())
 print(history["loss"].sum().hex(), float(total).hex())
 """

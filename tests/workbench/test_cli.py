@@ -42,6 +42,7 @@ def test_overrides_find_their_phase() -> None:
 def test_own_model_and_texts_need_no_pretraining() -> None:
     own = ["scan.model=a/b", "scan.texts=c/d", "selector.texts=c/d", "target.model=e/f"]
     own += ["kv.teacher=g/h", "kv.student=i/j", "kv.texts=c/d"]
+    own += ["align.model=g/h", "align.student=i/j", "align.texts=c/d"]
     assert list(plan("all", *own)) == [name for name in PHASES if name != "pretrain"]
     for place in range(len(own)):
         assert "pretrain" in plan("all", *own[:place], *own[place + 1 :]), f"without {own[place]} a phase reads it"

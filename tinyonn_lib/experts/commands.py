@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def moe(parser: argparse.ArgumentParser) -> None:
-    """Add `convert` and `gguf` to the parser of `tinyonn moe`."""
+    """Add `convert` to the parser of `tinyonn moe`."""
     commands = parser.add_subparsers(metavar="what", required=True)
     convert = commands.add_parser(
         "convert", help="divide a model's folder by a partition, layer by layer, without loading it as a whole"
@@ -22,11 +22,6 @@ def moe(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "-k", type=int, help="active experts per token that the checkpoint asks for; needs --routers (default: all)"
     )
-    gguf = commands.add_parser("gguf", help="write a checkpoint as a GGUF file for llama.cpp")
-    gguf.set_defaults(do=_gguf)
-    gguf.add_argument("checkpoint", type=Path, help="folder that 04_experts, 05_router or convert wrote")
-    gguf.add_argument("out", type=Path, help="OUT.gguf")
-    gguf.add_argument("--dtype", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices (default: f32)")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -42,12 +37,3 @@ def _convert(args: argparse.Namespace) -> None:
     card = {"router": f"from {args.routers.name}"} if args.routers else {}
     export(args.model, part, args.out, k=args.k, routers=weights, biases=biases, card=card)
     print(f"{args.out}: AutoModelForCausalLM.from_pretrained loads it")
-
-
-def _gguf(args: argparse.Namespace) -> None:
-    from tinyonn_lib.experts import variable
-    from tinyonn_lib.experts.gguf import to_gguf
-
-    print(to_gguf(args.checkpoint, args.out, args.dtype))
-    if (args.checkpoint / variable.FILE).exists():
-        print(f"{variable.FILE} stays behind: a GGUF file has a fixed k, so each token gets as many experts as another")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import hub
+from tinyonn_lib.lm.tensors import one_line, open_file, read_config, read_tensor, tensor_files
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 BIASED = "This model's FFNs have biases (mlp_bias), which no standard MoE class holds: they cannot be divided."
@@ -115,12 +114,8 @@ def _expected(config: Any) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a damaged configuration makes a model class raise
-        raise BenchError(f"config.json does not describe a causal language model: {_line(error)}") from error
+        raise BenchError(f"config.json does not describe a causal language model: {one_line(error)}") from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check(name: str, found: tuple[int, ...] | None, wanted: tuple[int, ...], where: str) -> None:
@@ -151,20 +146,6 @@ def _from_model(model: nn.Module) -> Weights:
 
     folder = Path(config.name_or_path) if config.name_or_path else None
     return Weights(config, shapes, read, folder if folder and folder.is_dir() else None, packed)
-
-
-def read_config(folder: Path) -> Any:
-    """A model folder's configuration.
-
-    Raises:
-        BenchError: no config.json, no JSON, or a kind of model that transformers does not know.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # about five kinds; for a user they are one
-        raise BenchError(f"Cannot read the configuration in {folder}: {_line(error)}") from error
 
 
 def _from_folder(folder: Path) -> Weights:
@@ -211,51 +192,11 @@ def _read(
         state = QuantState.from_dict(parts, device=torch.device("cpu"))
         full = _dequantise(stored, state)
     except (ValueError, KeyError, TypeError, AssertionError, AttributeError, RuntimeError) as error:
-        raise BenchError(f"The 4-bit tensor {name} is damaged: {_line(error)}; save or download it again.") from error
+        raise BenchError(
+            f"The 4-bit tensor {name} is damaged: {one_line(error)}; save or download it again."
+        ) from error
     _check(name, tuple(full.shape), shapes[name], files[name].parent.name)
     return full
-
-
-def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
-    """Name → file for the tensors in `{stem}.safetensors`, or in the shards that `{stem}.safetensors.index.json` lists.
-
-    Raises:
-        BenchError: neither is there, or a file is missing or damaged.
-    """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ValueError("a shard outside the folder")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BenchError(f"{index} is damaged: {_line(error)}") from error
-        files = [folder / name for name in names]
-    elif single.exists():
-        files = [single]
-    else:
-        raise BenchError(f"The folder {folder} holds no {single.name}: only weights in safetensors files are read.")
-    found: dict[str, Path] = {}
-    for file in files:
-        with open_file(file) as handle:
-            found |= dict.fromkeys(handle.keys(), file)
-    return found
-
-
-def open_file(file: Path) -> Any:
-    """A safetensors file; tensors are read, not mapped, so that memory holds one only as long as it is used."""
-    try:
-        return safe_open(file, "pt", backend="pread")
-    except (OSError, SafetensorError) as error:
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else _line(error)
-        raise BenchError(f"Cannot read {file}: {reason} (cut off or damaged? save or download it again).") from error
-
-
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
-    with open_file(file) as handle:
-        tensor: Tensor = handle.get_tensor(name)
-    return tensor
 
 
 def _download(hub_id: str) -> Path:

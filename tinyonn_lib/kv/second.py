@@ -16,7 +16,9 @@ from tinyonn_lib.kv.data import foreign, teachers_of
 from tinyonn_lib.kv.projector import SIDES, KVDimensionProjector
 from tinyonn_lib.kv.ridge import fit_ridge
 from tinyonn_lib.kv.train import Recipe, train
-from tinyonn_lib.lm import load, models, pretrain, texts, tokenizer
+from tinyonn_lib.lm import load, models, texts, tokenizer
+from tinyonn_lib.pretrain import recipe as growth
+from tinyonn_lib.pretrain.train import pretrain
 from tinyonn_lib.progress import Progress
 
 
@@ -48,7 +50,7 @@ def grow(
         vocab_size=len(tok), width=width, layers=2, heads=2, kv_heads=1, head_dim=48, ffn=3 * width, seed=seed + 1,
         max_length=2 * length, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
     )  # fmt: skip
-    pretrain.pretrain(blocks, model, tokens=tokens, batch=8, seed=seed, checkpoint=checkpoint, progress=progress)
+    pretrain(blocks, model, growth.Recipe(batch=8), tokens=tokens, seed=seed, checkpoint=checkpoint, progress=progress)
     return model, tok
 
 

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +31,23 @@ def bits_per_byte(
 ) -> float:
     """Cost of the texts in bits per UTF-8 byte: comparable between tokenizers, and with n-gram models.
 
+    Args and errors: as of `text_nats`.
+    """
+    rows = [text for text in texts if text]
+    nats = text_nats(model, tokenizer, rows, max_length, overlap, batch_tokens)
+    return float(nats.sum()) / math.log(2) / sum(len(text.encode("utf-8")) for text in rows)
+
+
+def text_nats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int | None = None,
+    overlap: int | None = None,
+    batch_tokens: int = 4096,
+) -> NDArray[np.float64]:
+    """−log p of each whole text, (texts,), nats.
+
     Every token of every text counts, the first one given BOS (or EOS) alone. Longer texts go through in windows.
 
     Args:
@@ -39,28 +58,35 @@ def bits_per_byte(
     Raises:
         BenchError: no text, or a tokenizer with neither BOS nor EOS.
     """
-    rows = [text for text in texts if text]
-    if not rows:
+    if not any(texts):
         raise BenchError("No text to judge the model on.")
     length = max_length or int(model.config.get_text_config().max_position_embeddings)
     kept = length // 2 if overlap is None else overlap
     if length < 2 or not 0 <= kept < length - 1:
         raise BenchError(f"A window of {length} tokens with {kept} of context scores nothing: widen it.")
     start = start_token(tokenizer)
-    ids = tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     # Longest first: a batch then holds windows of about one length, and little padding is computed.
     windows = sorted(
-        (window for row in ids for window in _windows([start, *row], length, kept)), key=lambda window: -len(window[0])
+        (
+            (place, window, context)
+            for place, row in enumerate(ids)
+            for window, context in _windows([start, *row], length, kept)
+        ),
+        key=lambda found: -len(found[1]),
     )
     device = next(model.parameters()).device
-    batches, place = [], 0
-    while place < len(windows):
-        count = max(1, batch_tokens // len(windows[place][0]))
-        batches.append(windows[place : place + count])
-        place += count
+    batches, begin = [], 0
+    while begin < len(windows):
+        count = max(1, batch_tokens // len(windows[begin][1]))
+        batches.append(windows[begin : begin + count])
+        begin += count
+    nats = np.zeros(len(ids))
     with threads(default_shards(device)) as each:
-        nats = sum(each(lambda batch: _nats(model, batch, device), batches))
-    return nats / math.log(2) / sum(len(text.encode("utf-8")) for text in rows)
+        found = each(lambda batch: _nats(model, [window[1:] for window in batch], device), batches)
+    for batch, values in zip(batches, found, strict=True):
+        np.add.at(nats, [place for place, _, _ in batch], values)
+    return nats
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -81,8 +107,10 @@ def _windows(ids: Sequence[int], length: int, overlap: int) -> list[tuple[Sequen
     return found
 
 
-def _nats(model: PreTrainedModel, windows: Sequence[tuple[Sequence[int], int]], device: torch.device) -> float:
-    """Sum of −log p over the scored tokens. Right padding needs no mask: causal attention never looks at it."""
+def _nats(
+    model: PreTrainedModel, windows: Sequence[tuple[Sequence[int], int]], device: torch.device
+) -> NDArray[np.float64]:
+    """Sum of −log p over each window's scored tokens. Right padding needs no mask: causal attention never sees it."""
     longest = max(len(ids) for ids, _ in windows)
     inputs = torch.zeros(len(windows), longest, dtype=torch.long)
     labels = torch.full((len(windows), longest), _IGNORED)
@@ -97,7 +125,7 @@ def _nats(model: PreTrainedModel, windows: Sequence[tuple[Sequence[int], int]], 
             ignore_index=_IGNORED,
             reduction="none",
         )
-        return float(losses.double().sum())
+        return losses.view(len(windows), -1).double().sum(1).cpu().numpy()
 
 
 def sample(

@@ -14,7 +14,7 @@ from tinyonn_lib.lm.load import Dtype, load_model, load_tokenizer
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
-__all__ = ["FFN", "Dtype", "describe", "ffns", "load_model", "load_tokenizer", "new_model"]
+__all__ = ["FFN", "Dtype", "describe", "ffns", "load_model", "load_tokenizer", "neurons", "new_model"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,14 @@ def ffns(model: nn.Module) -> list[FFN]:
             f"Qwen or Mistral) are needed, and {why}."
         )
     return found
+
+
+def neurons(model: nn.Module) -> int:
+    """Neurons in all dense gated FFNs of a model; 0 where there are none that could be taken apart."""
+    try:
+        return sum(part.neurons for part in ffns(model))
+    except BenchError:
+        return 0
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,25 @@ def blocks(samples: pd.DataFrame, length: int) -> torch.Tensor:
 
 
 def shuffled(
-    rows: torch.Tensor, batch: int, seed: int, device: torch.device | None = None
+    rows: torch.Tensor, batch: int | Sequence[int], seed: int, device: torch.device | None = None
 ) -> Callable[[int], torch.Tensor]:
-    """A function step → `(batch, length)`: all rows once in a random order, then all again in another.
+    """A function step → `(batch, …)`: all rows once in a random order, then all again in another.
 
     A pure function of the step, so that a resumed training sees what an uninterrupted one would.
+
+    Args:
+        rows: (N, …).
+        batch: rows of a step, or of every step in turn.
     """
     orders: dict[int, np.ndarray] = {}
+    ends = None if isinstance(batch, int) else np.cumsum(batch)
 
     def at(step: int) -> torch.Tensor:
-        places = np.arange(step * batch, (step + 1) * batch)
+        if isinstance(batch, int):
+            places = np.arange(step * batch, (step + 1) * batch)
+        else:
+            assert ends is not None
+            places = np.arange(ends[step] - batch[step], ends[step])
         for epoch in {int(e) for e in places // len(rows)} - orders.keys():
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(rows))
         picked = [orders[int(place // len(rows))][place % len(rows)] for place in places]

@@ -1,5 +1,6 @@
 """Tables in, plotly figures out. Only the modules of this package draw with plotly."""
 
+from tinyonn_lib.plots.align import distilled, filtered, lifts, rewards
 from tinyonn_lib.plots.base import (
     ACCENT,
     DIVERGING,
@@ -25,6 +26,7 @@ from tinyonn_lib.plots.neurons import (
     ranking,
     score_colours,
 )
+from tinyonn_lib.plots.pretrain import lessons, recipes, tokenizers
 from tinyonn_lib.plots.routing import specialisation, throughput, usage_over_time
 from tinyonn_lib.plots.scan import activation_gradient, delta_sc, distributions, module_heat
 from tinyonn_lib.plots.selection import auroc, kept, score_correlations, score_distributions, selection_overlap
@@ -50,9 +52,11 @@ __all__ = [
     "delta_sc",
     "delta_sc_map",
     "describe",
+    "distilled",
     "distributions",
     "expert_means",
     "explorer_map",
+    "filtered",
     "intervals",
     "kept",
     "kv_after",
@@ -60,6 +64,8 @@ __all__ = [
     "kv_distributions",
     "kv_factors",
     "kv_similarity",
+    "lessons",
+    "lifts",
     "loss_curves",
     "module_heat",
     "neuron_map",
@@ -67,7 +73,9 @@ __all__ = [
     "profiles",
     "projection",
     "ranking",
+    "recipes",
     "refinement",
+    "rewards",
     "score_colours",
     "score_correlations",
     "score_distributions",
@@ -76,6 +84,7 @@ __all__ = [
     "stratified",
     "target_loss",
     "throughput",
+    "tokenizers",
     "trial",
     "usage_over_time",
     "warmup",

@@ -44,6 +44,10 @@ pio.templates["tinyonn"] = go.layout.Template(
 )
 
 
+ABOVE = {"x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
+"""A legend over the right end of a low figure: below, it would lie on the axis."""
+
+
 def describe(figure: go.Figure, alt: str, table: pd.DataFrame, *, thumbnail: bool = False) -> go.Figure:
     """Give a figure its alt text and its table (first rows; the total is kept)."""
     shown = table.head(TABLE_ROWS)

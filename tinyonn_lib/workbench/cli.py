@@ -28,7 +28,8 @@ SHARED = ("run", "base", "profile")
 TOOLS = {
     "mscan": ("look into .mscan files", "tinyonn_lib.scan.commands:mscan"),
     "store": ("look into the store of a scan", "tinyonn_lib.scan.commands:store"),
-    "moe": ("divide a model's folder into experts, write GGUF files", "tinyonn_lib.experts.commands:moe"),
+    "moe": ("divide a model's folder into experts", "tinyonn_lib.experts.commands:moe"),
+    "gguf": ("write a model's folder as a GGUF file for llama.cpp", "tinyonn_lib.lm.commands:gguf"),
 }
 """Commands that others bring: name -> (help, module:function that fills in the parser)."""
 

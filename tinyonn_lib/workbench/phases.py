@@ -105,5 +105,13 @@ PHASES: dict[str, Phase] = {
             schemas.KV,
             instead={"pretrain": ("teacher", "student", "texts")},
         ),
+        Phase(
+            "align",
+            11,
+            "Does a reward teach what imitation does not?",
+            ("pretrain",),
+            schemas.Align,
+            instead={"pretrain": ("model", "student", "texts")},
+        ),
     )
 }

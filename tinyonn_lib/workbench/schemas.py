@@ -82,6 +82,17 @@ def _rates_or_none(text: str) -> str:
     return _numbers(text, 0.0)
 
 
+Method = Literal["gspo", "grpo", "rejection", "dpo", "gold"]
+
+
+def _methods(text: str) -> str:
+    if unknown := [name for name in text.split() if name not in get_args(Method)]:
+        raise ValueError(f"unknown method '{unknown[0]}'; name some of {' '.join(get_args(Method))}")
+    if "gspo" not in text.split():
+        raise ValueError("gspo is missing: the others are its controls")
+    return text
+
+
 def _no_password(url: str) -> str:
     # Parameters end up in manifests, notebooks and reports.
     if urlsplit(url).password:
@@ -92,7 +103,7 @@ def _no_password(url: str) -> str:
 class Params(BaseModel):
     """What every phase takes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     run: RunName
     base: RunName | Literal[""]
@@ -105,12 +116,16 @@ class Pretrain(Params):
     calibration: Share
     heldout: Share
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)]
+    tokenizers: Annotated[str, BeforeValidator(str)]
+    architecture: Literal["qwen3", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gemma3n"]
     width: Annotated[int, Field(ge=16, multiple_of=2)]
     layers: Count
     heads: Count
     kv_heads: Count
     head_dim: Annotated[int, Field(ge=8, multiple_of=2)]
     ffn: Annotated[int, Field(ge=16)]
+    experts: Annotated[int, Field(ge=2)]
+    active: Count
     student_width: Annotated[int, Field(ge=16, multiple_of=2)]
     student_layers: Count
     student_ffn: Annotated[int, Field(ge=16)]
@@ -118,9 +133,22 @@ class Pretrain(Params):
     student_tokens: Count
     seconds: Annotated[float, Field(ge=0)]
     batch: Count
+    ramp: Annotated[float, Field(ge=0, lt=1)]
     length: Annotated[int, Field(ge=8)]
+    layout: Literal["packed", "documents", "padded"]
+    optimizer: Literal["muon", "adamw"]
     lr_matrix: Positive
     lr_other: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    schedule: Literal["trapezoidal", "cosine", "constant"]
+    decay_share: Annotated[float, Field(gt=0, le=1)]
+    clip: Annotated[float, Field(ge=0)]
+    balance: Annotated[float, Field(ge=0)]
+    mtp: Annotated[float, Field(ge=0)]
+    precision: Literal["auto", "float32", "bfloat16"]
+    ablation_tokens: Annotated[int, Field(ge=0)]
+    ablation_seeds: Count
     ngram_order: Annotated[int, Field(ge=1, le=6)]
     checkpoint_seconds: Positive
     prompts: str
@@ -130,6 +158,10 @@ class Pretrain(Params):
     def _heads(self) -> Pretrain:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.active > self.experts:
+            raise ValueError(f"active={self.active} must be at most experts={self.experts}")
+        if self.mtp and self.architecture == "gemma3n":
+            raise ValueError("gemma3n has no multi-token prediction: choose mtp=0 or another architecture")
         return self
 
 
@@ -360,5 +392,44 @@ class KV(Params):
         if self.handover > self.length - 2:
             raise ValueError(
                 f"handover={self.handover} leaves nothing to predict: at most length - 2 = {self.length - 2}"
+            )
+        return self
+
+
+class Align(Params):
+    device: str
+    model: str
+    student: str
+    texts: str
+    distil_tokens: Count
+    distil_heldout: Count
+    distil_rate: Positive
+    distil_seeds: Count
+    length: Annotated[int, Field(ge=8)]
+    task: Literal["arithmetic", "brackets", "format"]
+    size: Annotated[int, Field(ge=0)]
+    warm_prompts: Count
+    warm_steps: Count
+    prompts: Count
+    answers: Annotated[int, Field(ge=2)]
+    tune_prompts: Count
+    heldout_prompts: Count
+    methods: Annotated[str, AfterValidator(_methods)]
+    rates: Annotated[int, Field(ge=1, le=3)]
+    seeds: Count
+    steps: Count
+    prompts_per_step: Count
+    group: Annotated[int, Field(ge=2)]
+    updates: Count
+    temperature: Positive
+    beta: Annotated[float, Field(ge=0)]
+    checkpoint_seconds: Positive
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _divides(self) -> Align:
+        if self.prompts_per_step * self.group % self.updates:
+            raise ValueError(
+                f"updates={self.updates} must divide the {self.prompts_per_step * self.group} answers of a round"
             )
         return self

@@ -2,57 +2,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.lm import texts
-from tinyonn_lib.lm.judge import _windows
-from tinyonn_lib.lm.pretrain import bits_per_byte, pretrain, sample
+from tinyonn_lib.lm.judge import _windows, bits_per_byte, sample, text_nats
 from tinyonn_lib.lm.tokenizer import train_bpe
 
 TEXTS = [f"the cat number {i} sat on the mat, and the dog ate the hat of Größe {i % 7}." for i in range(400)]
 TOKENIZER = train_bpe(TEXTS, 300)
-BLOCKS = texts.pack(texts.encode(TEXTS, TOKENIZER, None), 32, 0, seed=0)
-
-
-def test_pretraining_learns_and_beats_the_start(tiny: Callable[..., Any]) -> None:
-    model = tiny()
-    before = bits_per_byte(model, TOKENIZER, TEXTS[:20])
-    history = pretrain(BLOCKS, model, tokens=40 * 16 * 32, shards=2)
-    assert len(history) == 40
-    assert not model.training
-    assert history["tokens"].iloc[-1] == 40 * 16 * 32
-    assert bits_per_byte(model, TOKENIZER, TEXTS[:20]) < 0.5 * before
-
-
-def test_budget_by_seconds_keeps_its_steps(tiny: Callable[..., Any], tmp_path: Path) -> None:
-    runs = [pretrain(BLOCKS, tiny(), seconds=1.0, shards=1, batch=4, checkpoint=tmp_path / "c.pt") for _ in range(2)]
-    assert len(runs[0]) == len(runs[1]) >= 1  # the second call finds steps and result of the first
-
-
-@pytest.mark.parametrize(
-    ("blocks", "options"),
-    [
-        (torch.zeros(3, 1, dtype=torch.long), {}),
-        (torch.full((3, 8), 300), {}),
-        (torch.zeros(3, 64, dtype=torch.long), {}),
-        (BLOCKS, {"tokens": 0}),
-        (BLOCKS, {"seconds": -1.0}),
-        (BLOCKS, {"precision": "float8"}),
-    ],
-)
-def test_refuses(tiny: Callable[..., Any], blocks: torch.Tensor, options: dict[str, Any]) -> None:
-    with pytest.raises(BenchError):
-        pretrain(blocks, tiny(), **options)
-
-
-def test_diverging_names_the_step(tiny: Callable[..., Any]) -> None:
-    with pytest.raises(BenchError, match=r"step .*learning rate"):
-        pretrain(BLOCKS, tiny(), tokens=30 * 512, lr_embedding=math.inf, warmup_steps=0, shards=1)
 
 
 def test_bits_per_byte_is_exact(tiny: Callable[..., Any]) -> None:
@@ -67,6 +28,9 @@ def test_bits_per_byte_is_exact(tiny: Callable[..., Any]) -> None:
     expected = nats / math.log(2) / sum(len(row.encode()) for row in rows)
     assert bits_per_byte(model, TOKENIZER, rows) == pytest.approx(expected, rel=1e-5)
     assert bits_per_byte(model, TOKENIZER, rows, batch_tokens=1) == pytest.approx(expected, rel=1e-5)
+    each = text_nats(model, TOKENIZER, rows)
+    alone = [text_nats(model, TOKENIZER, [row])[0] if row else 0.0 for row in rows]
+    np.testing.assert_allclose(each, alone, rtol=1e-5)
     with pytest.raises(BenchError):
         bits_per_byte(model, TOKENIZER, [""])
 

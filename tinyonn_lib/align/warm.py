@@ -1,0 +1,114 @@
+"""Supervised training on answers: the warm-up before reinforcement, and what the controls are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinyonn_lib.align.answers import encoded
+from tinyonn_lib.align.parts import Part, only
+from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.samples import shuffled
+from tinyonn_lib.lm.schedule import Schedule
+from tinyonn_lib.lm.threads import default_shards
+from tinyonn_lib.lm.train import fit
+from tinyonn_lib.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_IGNORED = -100
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: pd.DataFrame,
+    *,
+    steps: int,
+    batch: int = 64,
+    part: Part = "all",
+    lr: float = 3.0e-3,
+    schedule: Schedule = "trapezoidal",
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Train a model in place on prompts and solutions; only the solutions and their end count in the loss.
+
+    Args:
+        pairs: columns prompt and solution: the gold ones, or right answers of the model itself.
+        steps: optimiser steps; few leave the success partial, which is what reinforcement needs.
+        batch: pairs per step.
+        part: what is trained, see `parts.Part`.
+        lr: peak rate of AdamW on embeddings, head and norms; Muon on the matrices of the layers takes five times it.
+        schedule, checkpoint, progress: see `lm.train.fit`.
+        seed: order of the pairs.
+
+    Returns:
+        The history of `fit`; loss is nats per answer, not per token.
+
+    Raises:
+        BenchError: no pairs, or prompts too long for the model.
+    """
+    if batch < 1 or lr <= 0:
+        raise BenchError(f"batch={batch} and lr={lr} must be above 0.")
+    rows = packed(model, tokenizer, pairs)
+    device = next(model.parameters()).device
+    # Behind the shortest prompt: the head of a small model is half of its work, and prompts need none.
+    kept = int((rows[:, 1] != _IGNORED).any(0).flip(0).nonzero().max()) + 1
+
+    def loss(data: Tensor) -> Tensor:
+        ids, labels = data[:, 0, :-1], data[:, 1, -kept:]
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        each = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=_IGNORED, reduction="none")
+        return each.sum(1).mean()
+
+    model.train()
+    try:
+        with only(model, part):
+            return fit(
+                model, loss, shuffled(rows, batch, seed, device), _optimizers(model, lr), steps=steps,
+                schedule=schedule, warmup_steps=min(10, steps // 4), shards=default_shards(device),
+                checkpoint=checkpoint, progress=progress, tag=f"teach {seed} {batch}",
+            )  # fmt: skip
+    finally:
+        model.eval()
+
+
+def packed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame) -> Tensor:
+    """`(pairs, 2, length)`: token ids, and the same as labels with prompt and padding ignored.
+
+    Prompt and solution are tokenised apart, as they are when the model answers. Padding stands on the right, where
+    causal attention never looks at it.
+    """
+    prompts, room = encoded(model, tokenizer, pairs)
+    solutions = tokenizer(pairs["solution"].tolist(), add_special_tokens=False, verbose=False)["input_ids"]
+    end: Any = tokenizer.eos_token_id
+    length = max(map(len, prompts)) + room
+    rows = torch.full((len(pairs), 2, length), end)
+    rows[:, 1] = _IGNORED
+    for row, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
+        whole = torch.tensor([*prompt, *solution, end])
+        rows[row, 0, : len(whole)] = whole
+        rows[row, 1, len(prompt) : len(whole)] = whole[len(prompt) :]
+    return rows
+
+
+def _optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(end.weight) for end in ends if end is not None}
+    params = [param for param in model.parameters() if param.requires_grad]
+    matrices = [param for param in params if param.ndim == 2 and id(param) not in tables]
+    rest = [param for param in params if not (param.ndim == 2 and id(param) not in tables)]
+    found: list[torch.optim.Optimizer] = []
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=5 * lr, momentum=0.85, weight_decay=0.0))
+    if rest:
+        found.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+    return found

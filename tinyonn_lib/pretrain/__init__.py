@@ -1,0 +1,1 @@
+"""How a small language model is grown: architectures, losses, optimisers, tokenizers and the recipe (phase 01)."""
