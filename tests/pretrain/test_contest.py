@@ -55,7 +55,7 @@ def play(field: Contest) -> pd.DataFrame:
     field.speeds = {"first": 2e-3, "tuned": 1e-3, "apart": 4e-3, "latent": 2e-3}
     for name, entry in LITTLE.items():
         field.enter(name, entry, "first")
-    return field.table()
+    return field.table("first")
 
 
 def test_a_stopped_contest_goes_on_to_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,11 +225,11 @@ def test_rates_are_chosen_on_other_texts_at_equal_time(tmp_path: Path, best: tup
     asked = answering(field, bits)
     field.enter("tuned", Entry(RECIPES["adamw"], rates=contest.GRID, headline=True), "first")
     assert field.rates["tuned"] == best
-    assert [(tokens, seed, split) for _, tokens, seed, split in asked[:9]] == [(15_000, 0, "validation")] * 9
-    assert [call[1:] for call in asked[9:]] == [
+    assert [(tokens, seed, split) for _, tokens, seed, split in asked[:12]] == [(15_000, 0, "validation")] * 12
+    assert [call[1:] for call in asked[12:]] == [
         (tokens, seed, "heldout") for tokens in (10_000, 15_000) for seed in range(3)
     ]
-    assert {(call[0].recipe.lr_matrix, call[0].recipe.lr_other) for call in asked[9:]} == {best}
+    assert {(call[0].recipe.lr_matrix, call[0].recipe.lr_other) for call in asked[12:]} == {best}
     assert field.tokens == {("tuned", "tokens"): 10_000, ("tuned", "time"): 15_000}
 
 
@@ -316,7 +316,7 @@ def everything() -> ablation.Texts:
 
 
 def test_ablation_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablation, "LINEUP", {"default": Entry(SMALL, headline=True), "masks": LITTLE["apart"]})
+    monkeypatch.setattr(ablation, "LINEUP", {"default": Entry(SMALL, headline=True), "packed": LITTLE["apart"]})
     told: list[str] = []
     rounds: list[tuple[int, int]] = []
 
@@ -326,12 +326,13 @@ def test_ablation_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     found = ablation.recipes(everything(), tmp_path, tokens=256, seeds=2, rounds=1, progress=progress)
     table = found.table()
-    assert table["recipe"].tolist() == ["default", "default", "masks", "masks"]
+    assert table["recipe"].tolist() == ["default", "default", "packed", "packed"]
     assert table["budget"].tolist() == ["tokens", "time"] * 2
     assert table["bits_per_byte"].between(1, 8).all()
     assert rounds == [(0, 1), (1, 1)]
     assert found.sources == [f"file {i // 2}" for i in range(100, 120)]
-    assert told == ["speeds", *["qwen3, muon, seed 0", "qwen3, muon, seed 1"], *["qwen3_moe, muon, seed 0"] * 2]
+    assert told[:3] == ["speeds", "qwen3, muon, seed 0", "qwen3, muon, seed 1"]
+    assert told.count("qwen3_moe, muon, seed 0") == 1  # its own time is the equal time: one training for both budgets
 
 
 def test_ablation_of_lessons() -> None:

@@ -229,16 +229,16 @@ class Contest:
             seeds = range(self.seeds if entry.headline else 1)
             self.losses[name, budget] = [self._trained(entry, tokens[budget], seed, "heldout") for seed in seeds]
 
-    def table(self) -> pd.DataFrame:
-        """One row per entry and budget, with the difference to `DEFAULT` on the same seeds.
+    def table(self, against: str = DEFAULT) -> pd.DataFrame:
+        """One row per entry and budget, with the difference to one of them on the same seeds.
 
         Columns: recipe, dense, budget, tokens, seeds, bits_per_byte, spread (standard deviation over seeds),
         difference, low, high (bits per byte, 95 % interval), parameters, active, lr_matrix, lr_other, speed (tokens/s
-        over the first's).
+        over that one's).
         """
         rows = []
         for (name, budget), losses in self.losses.items():
-            gap = self.difference(name, DEFAULT, budget)
+            gap = self.difference(name, against, budget)
             bits = [loss.mean for loss in losses]
             rows.append(
                 {
@@ -249,7 +249,7 @@ class Contest:
                     "difference": gap.mean, "low": gap.low, "high": gap.high,
                     "parameters": self.parameters[name]["total"], "active": self.parameters[name]["active"],
                     "lr_matrix": self.rates[name][0], "lr_other": self.rates[name][1],
-                    "speed": self.speeds[DEFAULT] / self.speeds[name],
+                    "speed": self.speeds[against] / self.speeds[name],
                 }
             )  # fmt: skip
         return pd.DataFrame(rows)
