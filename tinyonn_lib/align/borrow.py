@@ -149,7 +149,7 @@ def borrowed(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             raise BenchError("Training on rewards and preferences needs TRL: pip install 'tinyonn[align]'") from error
         del trl
         states = random.getstate(), np.random.get_state(), resume.rng_state()
-        had = model.__dict__.get("forward")
+        had, cached = model.__dict__.get("forward"), getattr(model.config, "use_cache", None)
         device = next(model.parameters()).device
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -162,6 +162,8 @@ def borrowed(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
                 model.__dict__.pop("forward", None)  # TRL puts a fused head in its place
                 if had is not None:
                     model.forward = had
+                if cached is not None:
+                    model.config.use_cache = cached  # transformers' trainer switches it off, for good
                 model.eval()
                 random.setstate(states[0])
                 np.random.set_state(states[1])
