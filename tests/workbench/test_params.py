@@ -11,7 +11,7 @@ import pytest
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.selection.corrupt import CORRUPTIONS
 from tinyonn_lib.selection.scores import RANKINGS
-from tinyonn_lib.workbench import execute, params, schemas, start, words
+from tinyonn_lib.workbench import execute, params, start, values, words
 from tinyonn_lib.workbench.notebook import assigned
 from tinyonn_lib.workbench.phases import PHASES, ROOT
 
@@ -27,10 +27,10 @@ def test_default_is_complete_and_valid(phase: Any) -> None:
 
 
 def test_names_are_those_of_the_library() -> None:
-    assert get_args(schemas.Ranking) == tuple(RANKINGS), (
+    assert get_args(values.Ranking) == tuple(RANKINGS), (
         "written out there, because the library's takes seconds to import"
     )
-    assert get_args(schemas.Corruption) == tuple(CORRUPTIONS)
+    assert get_args(values.Corruption) == tuple(CORRUPTIONS)
 
 
 def test_params_files_are_clean() -> None:

@@ -1,103 +1,31 @@
 """Which parameters each phase takes, of which type and within which bounds.
 
-Defaults live in `params/<phase>.yaml` alone.
+Defaults live in `params/<phase>.yaml` alone; the types are those of `values`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
-from urllib.parse import urlsplit
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-# A run is a folder name: no separators, nothing hidden.
-RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,=-]{0,199}$")]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=0.5)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-def _fractions(text: str) -> str:
-    try:
-        good = all(0 < float(part) <= 1 for part in text.split())
-    except ValueError:
-        good = False
-    if not text.split() or not good:
-        raise ValueError("expected numbers in (0, 1], separated by blanks")
-    return text
-
-
-Fractions = Annotated[str, BeforeValidator(str), AfterValidator(_fractions)]
-"""Several fractions in one flat value, such as `0.25 0.5 0.75`."""
-
-
-Ranking = Literal[
-    "literal",
-    "centred",
-    "log_mass",
-    "contrastive",
-    "combined",
-    "random",
-    "length",
-    "longest",
-    "perplexity",
-    "perplexity_fitted",
-    "ifd",
-]
-
-
-def _rankings(text: str) -> str:
-    if unknown := [name for name in text.split() if name not in get_args(Ranking)]:
-        raise ValueError(f"unknown ranking '{unknown[0]}'; name some of {' '.join(get_args(Ranking))}")
-    return text
-
-
-Corruption = Literal["byte_noise", "word_shuffle", "repetition", "boilerplate", "wrong_answer"]
-
-
-def _corruptions(text: str) -> str:
-    if not text.split() or (unknown := [name for name in text.split() if name not in get_args(Corruption)]):
-        what = f"unknown corruption '{unknown[0]}'" if text.split() else "no corruption given"
-        raise ValueError(f"{what}; name some of {' '.join(get_args(Corruption))}")
-    return text
-
-
-def _numbers(text: str, least: float) -> str:
-    try:
-        good = all(least <= float(part) < 1 for part in text.split())
-    except ValueError:
-        good = False
-    if not text.split() or not good:
-        raise ValueError("expected learning rates below 1, separated by blanks, such as '1.0e-3 3.0e-3'")
-    return text
-
-
-def _rates(text: str) -> str:
-    return _numbers(text, 1e-12)
-
-
-def _rates_or_none(text: str) -> str:
-    return _numbers(text, 0.0)
-
-
-Method = Literal["gspo", "grpo", "rejection", "dpo", "gold"]
-
-
-def _methods(text: str) -> str:
-    if unknown := [name for name in text.split() if name not in get_args(Method)]:
-        raise ValueError(f"unknown method '{unknown[0]}'; name some of {' '.join(get_args(Method))}")
-    if "gspo" not in text.split():
-        raise ValueError("gspo is missing: the others are its controls")
-    return text
-
-
-def _no_password(url: str) -> str:
-    # Parameters end up in manifests, notebooks and reports.
-    if urlsplit(url).password:
-        raise ValueError("leave the password out of the URL and give it as TINYONN_REDIS_PASSWORD in the environment")
-    return url
+from tinyonn_lib.workbench.values import (
+    Corruptions,
+    Count,
+    Fraction,
+    Fractions,
+    Methods,
+    NotNegative,
+    Positive,
+    Ranking,
+    Rankings,
+    Rates,
+    RatesOrZero,
+    RunName,
+    Seed,
+    Share,
+    Url,
+)
 
 
 class Params(BaseModel):
@@ -131,7 +59,7 @@ class Pretrain(Params):
     student_ffn: Annotated[int, Field(ge=16)]
     tokens: Count
     student_tokens: Count
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: NotNegative
     batch: Count
     ramp: Annotated[float, Field(ge=0, lt=1)]
     length: Annotated[int, Field(ge=8)]
@@ -140,12 +68,12 @@ class Pretrain(Params):
     lr_matrix: Positive
     lr_other: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: NotNegative
     schedule: Literal["trapezoidal", "cosine", "constant"]
     decay_share: Annotated[float, Field(gt=0, le=1)]
-    clip: Annotated[float, Field(ge=0)]
-    balance: Annotated[float, Field(ge=0)]
-    mtp: Annotated[float, Field(ge=0)]
+    clip: NotNegative
+    balance: NotNegative
+    mtp: NotNegative
     precision: Literal["auto", "float32", "bfloat16"]
     ablation_tokens: Annotated[int, Field(ge=0)]
     ablation_seeds: Count
@@ -176,7 +104,7 @@ class Scan(Params):
     targets: str
     rows: bool
     rho: Fraction
-    redis_url: Annotated[str, AfterValidator(_no_password)]
+    redis_url: Url
     flush_seconds: Positive
     shards: Count
     workers: Count
@@ -261,8 +189,8 @@ class Router(Training):
     warm_tokens: Annotated[int, Field(ge=0)]
     length: Annotated[int, Field(ge=17)]
     strategy: Literal["ddp", "zero2"]
-    balance: Annotated[float, Field(ge=0)]
-    z_loss: Annotated[float, Field(ge=0)]
+    balance: NotNegative
+    z_loss: NotNegative
     revive: bool
     lr_experts: Annotated[float, Field(ge=0, lt=1)]
     unfreeze: Fraction
@@ -285,7 +213,7 @@ class Selector(Params):
     rows: Annotated[int, Field(ge=16)]
     length: Annotated[int, Field(ge=0)]
     loss: Literal["contrastive", "lm"]
-    corruptions: Annotated[str, AfterValidator(_corruptions)]
+    corruptions: Corruptions
     trash_expert_ratio: Fraction
     epochs: Count
     batch: Count
@@ -312,7 +240,7 @@ class Select(Params):
     trash: Literal["last", "calibrated"]
     trash_expert_ratio: Fraction
     selection_percentage: Annotated[float, Field(gt=0, le=1)]
-    against: Annotated[str, AfterValidator(_rankings)]
+    against: Rankings
     unique: Annotated[float, Field(ge=0, le=1)]
     length: Annotated[int, Field(ge=0)]
     batch_tokens: Count
@@ -377,13 +305,13 @@ class KV(Params):
     mlp_ratio: Positive
     steps: Count
     batch: Count
-    rates: Annotated[str, BeforeValidator(str), AfterValidator(_rates)]
+    rates: Rates
     seeds: Count
     sweep_steps: Count
-    sweep_rates: Annotated[str, BeforeValidator(str), AfterValidator(_rates)]
+    sweep_rates: Rates
     sweep_seeds: Count
     handover: Count
-    student_rates: Annotated[str, BeforeValidator(str), AfterValidator(_rates_or_none)]
+    student_rates: RatesOrZero
     checkpoint_seconds: Positive
     seed: Seed
 
@@ -414,7 +342,7 @@ class Align(Params):
     answers: Annotated[int, Field(ge=2)]
     tune_prompts: Count
     heldout_prompts: Count
-    methods: Annotated[str, AfterValidator(_methods)]
+    methods: Methods
     rates: Annotated[int, Field(ge=1, le=3)]
     seeds: Count
     steps: Count
@@ -422,7 +350,7 @@ class Align(Params):
     group: Annotated[int, Field(ge=2)]
     updates: Count
     temperature: Positive
-    beta: Annotated[float, Field(ge=0)]
+    beta: NotNegative
     checkpoint_seconds: Positive
     seed: Seed
 
