@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,12 +18,14 @@ from harness import Bar, Row, main
 
 from tinyonn_lib.lm import corpus, tokenizer
 from tinyonn_lib.pretrain import ablation
-from tinyonn_lib.pretrain.contest import BASE, DEFAULT, LINEUP, Contest
+from tinyonn_lib.pretrain.contest import Contest
+from tinyonn_lib.pretrain.lineup import BASE, DEFAULT, LINEUP, around
 from tinyonn_lib.progress import Progress
 from tinyonn_lib.workbench import params
 from tinyonn_lib.workbench.phases import PHASES
 
 TUNED, PLAIN = "AdamW, tuned, cosine", "AdamW, one rate, cosine, a text a row"
+LONG = (DEFAULT, BASE, TUNED, PLAIN, "cosine", "batch ramp")
 SIZES = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn")
 
 
@@ -46,12 +47,13 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     tok = tokenizer.train_bpe(train, p.vocab_size, max_length=p.length)
     texts = ablation.Texts(table, tok, p.length, {name: getattr(p, name) for name in SIZES})
     contest = ablation.recipes(
-        texts, args.folder, tokens=args.tokens, seeds=args.seeds, rounds=2 if args.quick else 9, progress=_told
+        texts, args.folder, tokens=args.tokens, seeds=args.seeds, rounds=2 if args.quick else 31, progress=_told
     )
-    # The bars at a budget nearer to that of 01_pretrain, with the rates that were best at the short one.
+    # The bars at a budget nearer to that of 01_pretrain; the controls choose again, around the short one's best rates.
     long = contest.again(args.folder / "long", args.long)
-    for name in (DEFAULT, BASE, TUNED, PLAIN):
-        long.enter(name, replace(LINEUP[name], rates=(contest.rates[name],)), BASE, ("time",))
+    for name in LONG:
+        entry = LINEUP[name]
+        long.enter(name, around(entry, contest.rates[name]) if entry.rates else entry, LINEUP[BASE], ("time",))
     found = {
         "recipe": contest.table(),
         "recipe, long": long.table(),

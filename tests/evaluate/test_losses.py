@@ -73,3 +73,35 @@ def test_verdict_follows_the_interval(shift: float, verdict: str) -> None:
 def test_different_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="same samples"):
         evaluate.paired([fake(np.zeros(3))], evaluate.Loss(np.zeros(3), np.array([1, 2, 3])), range(3))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(3, 3), (3, 1), (1, 3)])
+def test_seeds_are_drawn_in_pairs(ours: int, theirs: int) -> None:
+    """Against all draws one by one: files and seeds, the same seeds on both sides."""
+    rng = np.random.default_rng(5)
+    one, two = ([fake(rng.normal(5 + seed, 3, 40)) for seed in range(count)] for count in (ours, theirs))
+    files = np.arange(40) % 10
+    found = evaluate.paired(one, two, files, draws=200, seed=7, over_seeds=True)
+    drawn = np.random.default_rng(7)
+    counts = drawn.multinomial(10, np.full(10, 0.1), size=200)
+    seeds = drawn.multinomial(3, np.full(3, 1 / 3), size=200)
+    means = []
+    for often, taken in zip(counts, seeds, strict=True):
+        gaps = [one[min(s, ours - 1)].nats - two[min(s, theirs - 1)].nats for s in range(3)]
+        sums = [sum(often[f] * gap[files == f].sum() for f in range(10)) for gap in gaps]
+        means.append(sum(n * s for n, s in zip(taken, sums, strict=True)) / 3 / 400)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    plain = evaluate.paired(one, two, files, draws=200, seed=7)
+    assert found.mean == pytest.approx(plain.mean)
+    assert found.high - found.low > 1.2 * (plain.high - plain.low)
+
+
+def test_one_seed_has_nothing_to_draw() -> None:
+    rng = np.random.default_rng(6)
+    one, two = ([fake(rng.normal(5, 3, 40))] for _ in range(2))
+    assert evaluate.paired(one, two, range(40), over_seeds=True) == evaluate.paired(one, two, range(40))
+
+
+def test_seeds_without_a_partner_are_refused() -> None:
+    with pytest.raises(ValueError, match="as many on both sides"):
+        evaluate.paired([fake(np.zeros(9))] * 3, [fake(np.zeros(9))] * 2, range(9), over_seeds=True)

@@ -198,17 +198,18 @@ def test_nats_of_each_place(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("layout", ["packed", "documents", "padded"])
-@pytest.mark.parametrize("shards", [2, 3])
-def test_unequal_shards_learn_as_one(layout: Layout, shards: int, alive: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("shards", "mtp"), [(2, 0.0), (3, 0.0), (3, 0.5)])
+def test_unequal_shards_learn_as_one(layout: Layout, shards: int, mtp: float, alive: Callable[..., Any]) -> None:
     """Seven rows in 2 or 3 parts, some of them mostly padding: the loss and one step of plain gradient descent."""
     rows = laid(layout)
     batch = {"ids": rows.ids[:7]} | ({} if rows.positions is None else {"positions": rows.positions[:7]})
     results: list[tuple[float, float, Tensor]] = []
     for count in (1, shards):
         model = alive("qwen3")
+        of = loss(model, rows, replace(EXACT, mtp=mtp), MTPHead(model) if mtp else None)
         history = fit(
-            model, loss(model, rows, EXACT), lambda step: batch, torch.optim.SGD(model.parameters(), lr=1.0), steps=1,
-            schedule="constant", clip=None, shards=count,
+            model, of, lambda step: batch, torch.optim.SGD(model.parameters(), lr=1.0), steps=1, schedule="constant",
+            clip=None, shards=count,
         )  # fmt: skip
         flat = torch.cat([param.detach().flatten() for param in model.parameters()])
         results.append((history["loss"][0], history["grad_norm"][0], flat))

@@ -18,9 +18,10 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.evaluate.losses import Loss
 from tinyonn_lib.lm.judge import bits_per_byte
 from tinyonn_lib.lm.tokenizer import train_bpe
-from tinyonn_lib.pretrain import ablation, contest
+from tinyonn_lib.pretrain import ablation, contest, lineup
 from tinyonn_lib.pretrain.architectures import counts
-from tinyonn_lib.pretrain.contest import LINEUP, Contest, Entry
+from tinyonn_lib.pretrain.contest import Contest
+from tinyonn_lib.pretrain.lineup import LINEUP, Entry, around
 from tinyonn_lib.pretrain.recipe import RECIPES, Recipe
 
 SIZES: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 64}
@@ -52,9 +53,10 @@ LITTLE = {
 
 
 def play(field: Contest) -> pd.DataFrame:
-    field.speeds = {"first": 2e-3, "tuned": 1e-3, "apart": 4e-3, "latent": 2e-3}
+    seconds = {"first": 2e-3, "tuned": 1e-3, "apart": 4e-3, "latent": 2e-3}
+    field.speeds = {entry.computation: seconds[name] for name, entry in LITTLE.items()}
     for name, entry in LITTLE.items():
-        field.enter(name, entry, "first")
+        field.enter(name, entry, LITTLE["first"])
     return field.table("first")
 
 
@@ -122,8 +124,8 @@ def test_what_was_done_for_others_is_not_taken(tmp_path: Path, change: dict[str,
     fields = [make(tmp_path, tokens=64, **more) for more in ({}, change)]
     found = []
     for field in fields:
-        field.speeds = {"first": 1.0}
-        field.enter("first", Entry(SMALL), "first", ("tokens",))
+        field.speeds = {Entry(SMALL).computation: 1.0}
+        field.enter("first", Entry(SMALL), Entry(SMALL), ("tokens",))
         found.append(field.losses["first", "tokens"][0])
     assert not np.array_equal(found[0].nats, found[1].nats)
     assert fields[0].folder != fields[1].folder
@@ -216,14 +218,15 @@ def answering(field: Contest, bits: Told) -> list[tuple[Entry, int, int, str]]:
 def test_rates_are_chosen_on_other_texts_at_equal_time(tmp_path: Path, best: tuple[float, float]) -> None:
     """Wherever in the grid, corners among them, the best is."""
     field = make(tmp_path, tokens=10_000, seeds=3)
-    field.speeds = {"first": 3e-4, "tuned": 2e-4}
+    tuned = Entry(RECIPES["adamw"], rates=lineup.GRID, headline=True)
+    field.speeds = {Entry().computation: 3e-4, tuned.computation: 2e-4}
 
     def bits(entry: Entry, tokens: int, seed: int, split: str) -> float:
         away = math.hypot(math.log(entry.recipe.lr_matrix / best[0]), math.log(entry.recipe.lr_other / best[1]))
         return away if split == "validation" else -away  # on the held-out texts the best rates would be the worst
 
     asked = answering(field, bits)
-    field.enter("tuned", Entry(RECIPES["adamw"], rates=contest.GRID, headline=True), "first")
+    field.enter("tuned", tuned, Entry())
     assert field.rates["tuned"] == best
     assert [(tokens, seed, split) for _, tokens, seed, split in asked[:12]] == [(15_000, 0, "validation")] * 12
     assert [call[1:] for call in asked[12:]] == [
@@ -235,7 +238,7 @@ def test_rates_are_chosen_on_other_texts_at_equal_time(tmp_path: Path, best: tup
 
 def test_rates_that_diverge_are_not_taken(tmp_path: Path) -> None:
     field = make(tmp_path)
-    field.speeds = {"first": 1.0}
+    field.speeds = {Entry().computation: 1.0}
 
     def bits(entry: Entry, tokens: int, seed: int, split: str) -> float:
         if entry.recipe.lr_matrix > 0.1:
@@ -244,25 +247,55 @@ def test_rates_that_diverge_are_not_taken(tmp_path: Path) -> None:
 
     answering(field, bits)
     rates = ((1.0, 1.0), (0.01, 1.0), (0.5, 1.0))
-    field.enter("first", Entry(rates=rates), "first")
+    field.enter("first", Entry(rates=rates), Entry())
     assert field.rates["first"] == (0.01, 1.0)
     with pytest.raises(BenchError, match="not finite"):
-        field.enter("first", Entry(rates=rates[:1]), "first")
+        field.enter("first", Entry(rates=rates[:1]), Entry())
 
 
 def test_one_pair_of_rates_is_taken_untried(tmp_path: Path) -> None:
     field = make(tmp_path)
-    field.speeds = {"first": 1.0}
+    field.speeds = {Entry().computation: 1.0}
     asked = answering(field, lambda *_: 1.0)
-    field.enter("first", Entry(rates=((0.3, 0.4),)), "first")
+    field.enter("first", Entry(rates=((0.3, 0.4),)), Entry())
     assert {(call[0].recipe.lr_matrix, call[0].recipe.lr_other, call[2], call[3]) for call in asked} == {
         (0.3, 0.4, 0, "heldout")
     }
 
 
-def test_speeds_are_medians_of_turns_and_keep_their_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of our own: the first round and outliers count for nothing; a later machine may be slower."""
-    seconds: dict[str, list[float]] = {"muon": [99, 1, 50, 2, 3, 2], "adamw": [99, 4, 6, 90, 6, 1]}
+def test_a_choice_is_made_again_around_the_best() -> None:
+    """Finer than the grid, and beyond it where the best lay on its edge; one rate for everything stays one rate."""
+    near = around(Entry(rates=lineup.GRID), (1e-2, 5e-2))
+    assert near.rates == ((1e-2, 5e-2), (5e-3, 5e-2), (2e-2, 5e-2), (1e-2, 2.5e-2), (1e-2, 1e-1))
+    assert around(Entry(rates=lineup.SINGLE), (3e-3, 3e-3)).rates == ((3e-3, 3e-3), (1.5e-3, 1.5e-3), (6e-3, 6e-3))
+
+
+DIFFERENT: dict[str, Any] = {
+    "optimizer": "adamw",
+    "layout": "padded",
+    "mtp": 0.1,
+    "batch": 8,
+    "precision": "bfloat16",
+}
+
+
+def test_what_computes_the_same_has_one_speed() -> None:
+    """Rates, schedule, ramp and the weight of a loss cost nothing; what is in a step does."""
+    same = [Entry(replace(SMALL, lr_other=1.0)), Entry(replace(SMALL, schedule="cosine", ramp=0.5, balance=1.0))]
+    assert {entry.computation for entry in same} == {Entry(SMALL).computation}
+    others = [
+        *[Entry(replace(SMALL, **{name: value})) for name, value in DIFFERENT.items()],
+        Entry(SMALL, "qwen3_moe"),
+        Entry(SMALL, matched=True),
+        Entry(SMALL, latent="rotated"),
+        Entry(SMALL, latent="apart"),
+    ]
+    assert len({entry.computation for entry in [Entry(SMALL), *others]}) == len(others) + 1
+
+
+def test_speeds_are_ratios_in_the_same_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own: the first turn and outliers count for nothing; a later machine may be slower."""
+    seconds: dict[str, list[float]] = {"muon": [0.5, 3, 20, 2, 3, 2], "adamw": [99, 9, 60, 90, 3, 6]}
     seen: list[tuple[str, float, int]] = []
 
     def fake(rows: Any, model: Any, recipe: Recipe, *, tokens: int, timing: dict[str, float], mtp: Any) -> None:
@@ -270,17 +303,19 @@ def test_speeds_are_medians_of_turns_and_keep_their_ratio(tmp_path: Path, monkey
         timing["seconds"] = seconds[recipe.optimizer].pop(0) * tokens
 
     monkeypatch.setattr(contest, "pretrain", fake)
-    lineup = {"one": Entry(replace(SMALL, ramp=0.5)), "two": Entry(replace(SMALL, optimizer="adamw"))}
+    one, two = Entry(replace(SMALL, ramp=0.5)), Entry(replace(SMALL, optimizer="adamw"))
+    taking = {"one": one, "two": two, "one again": Entry(replace(SMALL, schedule="cosine"))}
     field = make(tmp_path)
-    field.measure_speeds(lineup)
-    assert field.speeds == pytest.approx({"one": 2.0, "two": 6.0})
+    field.measure_speeds(taking, rounds=5)
+    assert field.speeds == pytest.approx({one.computation: 2.0, two.computation: 6.0})
     assert seen == [("muon", 0.0, 5 * 4 * 16), ("adamw", 0.0, 5 * 4 * 16)] * 6
     again = make(tmp_path)
-    again.measure_speeds(lineup)  # nothing left to measure
+    again.measure_speeds(taking)  # nothing left to measure
     assert again.speeds == field.speeds
     seconds |= {"muon": [99, 20, 20], "adamw": [99, 90, 90]}  # ten times slower than the first time
-    again.measure_speeds(lineup | {"three": lineup["two"]}, rounds=2)
-    assert again.speeds == pytest.approx({"one": 2.0, "two": 6.0, "three": 9.0})
+    three = replace(two, matched=True)
+    again.measure_speeds(taking | {"three": three}, rounds=2)
+    assert again.speeds == pytest.approx({one.computation: 2.0, two.computation: 6.0, three.computation: 9.0})
 
 
 @pytest.mark.parametrize("layers", [2, 5])
@@ -343,10 +378,11 @@ def test_ablation_of_lessons() -> None:
         "batch 1", "batch 4", "batch 16", "batch 1 at the rate of batch 16", "packed", "padded, equal computation",
         "padded, equal text",
     ]  # fmt: skip
-    assert best["bits_per_byte"].between(0.5, 9).all()
+    assert best["bits_per_byte"].between(0.2, 9).all()
     steps = table.groupby("setting", sort=False)["steps"].first()
-    assert steps.tolist() == [64, 16, 4, 64, 4, 4, steps.iloc[-1]]
-    assert (table["tokens_computed"] == 1024).sum() == 4 * 5 + 1
+    assert steps.tolist() == [128, 32, 8, 128, 4, 4, steps.iloc[-1]]
+    assert (table["tokens_computed"] == 2048).sum() == 4 * 3 + 1
+    assert (table["tokens_computed"] == 1024).sum() == 4 * 2
     assert steps.iloc[-1] > 4
 
 

@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tinyonn_lib.align.answers import limit_of
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import resume
-from tinyonn_lib.lm.threads import default_shards
-from tinyonn_lib.lm.train import fit
 from tinyonn_lib.pretrain.forward import forward, next_token_nats, quick
 from tinyonn_lib.pretrain.layout import IGNORED, Rows
-from tinyonn_lib.pretrain.recipe import Recipe, loss, optimizers
-from tinyonn_lib.progress import Progress
+from tinyonn_lib.pretrain.recipe import Recipe
+from tinyonn_lib.pretrain.train import Objective, pretrain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,23 +68,19 @@ def distil(
     recipe: Recipe | None = None,
     *,
     tokens: int,
-    seed: int = 0,
-    shards: int | None = None,
     checkpoint: Path | None = None,
-    every_seconds: float = 10.0,
-    progress: Progress | None = None,
-    timing: dict[str, float] | None = None,
+    **options: Any,
 ) -> pd.DataFrame:
-    """Train the student in place; with share 0 bit for bit what `pretrain` does. The teacher stays as it is.
+    """`pretrain` the student in place with a teacher; with share 0 it is `pretrain`. The teacher stays as it is.
 
     Args:
         student: float32 weights; left in eval mode.
         teacher: has the student's tokenizer, on the same device.
         rows: what both read, laid out as the recipe says, or packed blocks (N, length).
         way: None is `Way()`.
-        recipe: as of `pretrain`, without multi-token prediction; None is the default.
+        recipe: without multi-token prediction; None is the default.
         tokens: budget, rounded to whole steps.
-        seed, shards, checkpoint, every_seconds, progress, timing: as of `pretrain`.
+        checkpoint, options: of `pretrain`.
 
     Returns:
         The history of `fit`; loss is the weighted sum, the teacher's entropy within it (see `teacher_nats`).
@@ -95,42 +89,29 @@ def distil(
         BenchError: different vocabularies, rows that do not fit one of the models, or a diverging loss.
     """
     rows, recipe, way = rows if isinstance(rows, Rows) else Rows(rows), recipe or Recipe(), way or Way()
-    _check(student, teacher, rows, recipe, tokens)
-    device = next(student.parameters()).device
-    shards = shards or default_shards(device)
-    sizes = recipe.sizes(tokens, int(rows.ids.shape[1]))
-    tag = f"{seed} {astuple(recipe)} {astuple(way)}"
-    if checkpoint is not None and way.share:
-        tag += resume.fingerprint({}, list(teacher.parameters()), ())
-    student.train()
+    _check(student, teacher, rows, recipe)
+    objective = None
+    if way.share:
+        # Whose teacher it is matters to a checkpoint alone.
+        read = [] if checkpoint is None else [resume.fingerprint({}, list(teacher.parameters()), ())]
+        objective = Objective(lambda model: _loss(model, teacher, rows, way, recipe), f"{astuple(way)} {read}")
     teacher.eval()
-    try:
-        with quick(student), quick(teacher):
-            return fit(
-                nn.ModuleList([student]), _loss(student, teacher, rows, way, recipe), rows.batches(sizes, seed, device),
-                optimizers(nn.ModuleList([student]), recipe, shards), steps=len(sizes), clip=recipe.clip,
-                schedule=recipe.schedule, warmup_steps=min(recipe.warmup_steps, len(sizes) // 4),
-                decay_share=recipe.decay_share, shards=shards, precision=recipe.precision, checkpoint=checkpoint,
-                every_seconds=every_seconds, progress=progress, timing=timing, tag=tag,
-            )  # fmt: skip
-    finally:
-        student.eval()
+    with quick(teacher):
+        return pretrain(rows, student, recipe, tokens=tokens, checkpoint=checkpoint, objective=objective, **options)
 
 
-def _check(student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, recipe: Recipe, tokens: int) -> None:
+def _check(student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, recipe: Recipe) -> None:
+    """What `pretrain` cannot know: it sees no teacher."""
     one, two = (model.config.get_text_config() for model in (student, teacher))
     if one.vocab_size != two.vocab_size:
         raise BenchError(
             f"The student has {one.vocab_size} tokens, the teacher {two.vocab_size}: distillation compares their "
             "distributions token by token, so both need the same tokenizer."
         )
-    if rows.ids.ndim != 2 or not len(rows.ids) or rows.ids.shape[1] < 2 or tokens < 1:
-        raise BenchError(f"Nothing to learn from: rows of shape {tuple(rows.ids.shape)}, tokens={tokens}.")
-    if int(rows.ids.max()) >= one.vocab_size or int(rows.ids.min()) < 0:
-        raise BenchError(f"A row holds token {int(rows.ids.max())}, the models have {one.vocab_size}: other tokenizer?")
-    shortest = min(limit_of(model) for model in (student, teacher))
-    if rows.ids.shape[1] > shortest:
-        raise BenchError(f"Rows of {rows.ids.shape[1]} tokens exceed the {shortest} that both models can read.")
+    if rows.ids.ndim == 2 and rows.ids.shape[1] > limit_of(teacher):
+        raise BenchError(
+            f"Rows of {rows.ids.shape[1]} tokens exceed the {limit_of(teacher)} that the teacher can read."
+        )
     if recipe.mtp:
         raise BenchError("Distillation has no head for multi-token prediction: give a recipe with mtp=0.")
 
@@ -138,8 +119,6 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, recip
 def _loss(
     student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, way: Way, recipe: Recipe
 ) -> Callable[[dict[str, Tensor]], Tensor]:
-    if not way.share:
-        return loss(student, rows, recipe)
     per_row = rows.targets
 
     def of(batch: dict[str, Tensor]) -> Tensor:

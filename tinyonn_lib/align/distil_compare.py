@@ -85,7 +85,7 @@ def compare(
             row, bits = judged.row(taught, method=name, share=way.share, temperature=way.temperature, budget=budget,
                                    tokens=budgeted, cost=costs[name], seeds=seeds)  # fmt: skip
             if control:
-                gap = paired(bits, control, judged.sources)
+                gap = paired(bits, control, judged.sources, over_seeds=True)
                 row |= {"difference": gap.mean, "low": gap.low, "high": gap.high, "standing": gap.standing}
             control = control or bits
             table.append(row)

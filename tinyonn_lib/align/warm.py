@@ -17,12 +17,12 @@ from tinyonn_lib.lm.samples import shuffled
 from tinyonn_lib.lm.schedule import Schedule
 from tinyonn_lib.lm.threads import default_shards
 from tinyonn_lib.lm.train import fit
+from tinyonn_lib.pretrain.layout import IGNORED
+from tinyonn_lib.pretrain.recipe import Recipe, optimizers
 from tinyonn_lib.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_IGNORED = -100
 
 
 def teach(
@@ -59,22 +59,24 @@ def teach(
     if batch < 1 or lr <= 0:
         raise BenchError(f"batch={batch} and lr={lr} must be above 0.")
     rows = packed(model, tokenizer, pairs)
+    plan = Recipe(lr_matrix=5 * lr, lr_other=lr, weight_decay=0.0)
     device = next(model.parameters()).device
     # Behind the shortest prompt: the head of a small model is half of its work, and prompts need none.
-    kept = int((rows[:, 1] != _IGNORED).any(0).flip(0).nonzero().max()) + 1
+    kept = int((rows[:, 1] != IGNORED).any(0).flip(0).nonzero().max()) + 1
 
     def loss(data: Tensor) -> Tensor:
         ids, labels = data[:, 0, :-1], data[:, 1, -kept:]
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-        each = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=_IGNORED, reduction="none")
+        each = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
         return each.sum(1).mean()
 
+    shards = default_shards(device)
     model.train()
     try:
         with only(model, part):
             return fit(
-                model, loss, shuffled(rows, batch, seed, device), _optimizers(model, lr), steps=steps,
-                schedule=schedule, warmup_steps=min(10, steps // 4), shards=default_shards(device),
+                model, loss, shuffled(rows, batch, seed, device), optimizers(model, plan, shards), steps=steps,
+                schedule=schedule, warmup_steps=min(10, steps // 4), shards=shards,
                 checkpoint=checkpoint, progress=progress, tag=f"teach {seed} {batch}",
             )  # fmt: skip
     finally:
@@ -92,23 +94,9 @@ def packed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: pd
     end: Any = tokenizer.eos_token_id
     length = max(map(len, prompts)) + room
     rows = torch.full((len(pairs), 2, length), end)
-    rows[:, 1] = _IGNORED
+    rows[:, 1] = IGNORED
     for row, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
         whole = torch.tensor([*prompt, *solution, end])
         rows[row, 0, : len(whole)] = whole
         rows[row, 1, len(prompt) : len(whole)] = whole[len(prompt) :]
     return rows
-
-
-def _optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    tables = {id(end.weight) for end in ends if end is not None}
-    params = [param for param in model.parameters() if param.requires_grad]
-    matrices = [param for param in params if param.ndim == 2 and id(param) not in tables]
-    rest = [param for param in params if not (param.ndim == 2 and id(param) not in tables)]
-    found: list[torch.optim.Optimizer] = []
-    if matrices:
-        found.append(torch.optim.Muon(matrices, lr=5 * lr, momentum=0.85, weight_decay=0.0))
-    if rest:
-        found.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
-    return found

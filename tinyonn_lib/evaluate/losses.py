@@ -105,7 +105,13 @@ class Difference:
 
 
 def paired(
-    losses: Sequence[Loss], reference: Sequence[Loss] | Loss, groups: Sequence[Any], draws: int = 2000, seed: int = 0
+    losses: Sequence[Loss],
+    reference: Sequence[Loss] | Loss,
+    groups: Sequence[Any],
+    draws: int = 2000,
+    seed: int = 0,
+    *,
+    over_seeds: bool = False,
 ) -> Difference:
     """ΔNLL with a paired bootstrap interval (Efron & Tibshirani 1993, §6.4).
 
@@ -114,6 +120,8 @@ def paired(
         reference: What they are compared with, on the same samples.
         groups: What each sample belongs to, such as its source file: samples of one group are not independent and are
             drawn together.
+        over_seeds: Draw the seeds, too, so that the interval tells how much another training would differ and not only
+            other samples. Where both sides have several, the same seeds are drawn for both, so they need equally many.
     """
     reference = [reference] if isinstance(reference, Loss) else reference
     tokens = losses[0].tokens
@@ -122,7 +130,17 @@ def paired(
     gap = np.mean([item.nats for item in losses], axis=0) - np.mean([item.nats for item in reference], axis=0)
     _, code = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     gap_sum, token_sum = np.bincount(code, gap), np.bincount(code, tokens)
-    counts = np.random.default_rng(seed).multinomial(len(gap_sum), np.full(len(gap_sum), 1 / len(gap_sum)), size=draws)
-    means = counts @ gap_sum / (counts @ token_sum)
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(len(gap_sum), np.full(len(gap_sum), 1 / len(gap_sum)), size=draws)
+    drawn = counts @ gap_sum
+    if over_seeds:
+        trained = max(len(losses), len(reference))
+        if not {len(losses), len(reference)} <= {1, trained}:
+            raise ValueError("drawing seeds needs as many on both sides, or one alone on one of them")
+        one, two = (list(side) * (trained // len(side)) for side in (losses, reference))
+        each = np.array([np.bincount(code, a.nats - b.nats) for a, b in zip(one, two, strict=True)])
+        shares = generator.multinomial(trained, np.full(trained, 1 / trained), size=draws) / trained
+        drawn = (counts @ each.T * shares).sum(1)
+    means = drawn / (counts @ token_sum)
     low, high = np.quantile(means, [0.025, 0.975]) if len(gap_sum) >= MIN_GROUPS else (np.nan, np.nan)
     return Difference(float(gap.sum() / tokens.sum()), float(low), float(high), len(gap_sum))

@@ -12,9 +12,10 @@ import pandas as pd
 
 from tinyonn_lib.lm import judge
 from tinyonn_lib.pretrain import architectures, lessons, tokenizers
-from tinyonn_lib.pretrain.contest import BASE, LINEUP, Contest
+from tinyonn_lib.pretrain.contest import Contest
 from tinyonn_lib.pretrain.layout import Rows, lay
-from tinyonn_lib.pretrain.recipe import Recipe
+from tinyonn_lib.pretrain.lineup import BASE, LINEUP
+from tinyonn_lib.pretrain.recipe import RECIPES, Recipe
 from tinyonn_lib.pretrain.train import pretrain
 from tinyonn_lib.progress import Progress
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 VOCABULARIES = "1024 2048 4096 8192"
 _CHOOSING = 400  # texts that learning rates are chosen by
-_LESSON_SHARE = 4  # a lesson trains with a fourth of the budget: it goes through many rates
+_BATCH_SHARE, _CONTEXT_SHARE = 2, 4  # lessons train with a part of the budget: they go through many rates
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ def recipes(
     *,
     tokens: int,
     seeds: int = 3,
-    rounds: int = 5,
+    rounds: int = 15,
     progress: Callable[[str, str], Progress] | None = None,
 ) -> Contest:
-    """All of `contest.LINEUP`, trained and judged.
+    """All of `lineup.LINEUP`, trained and judged.
 
     Args:
         folder: keeps what is done; after a kill the same call goes on there.
-        tokens: budget of `contest.BASE`, whose time is the equal time; seeds: of the main entries; rounds: of measuring
+        tokens: budget of `lineup.BASE`, whose time is the equal time; seeds: of the main entries; rounds: of measuring
             the speeds.
     """
     given = {"train": texts.of("train"), "validation": texts.of("calibration"), "heldout": texts.of("heldout")}
@@ -74,12 +75,15 @@ def recipes(
     )  # fmt: skip
     found.measure_speeds(LINEUP, rounds)
     for name, entry in LINEUP.items():
-        found.enter(name, entry, BASE)
+        found.enter(name, entry, LINEUP[BASE])
     return found
 
 
 def both_lessons(texts: Texts, *, tokens: int, seeds: int = 3) -> pd.DataFrame:
-    """Batches of one row, and rows four times as long as usual, with the default recipe: see `lessons`."""
+    """Batches of one row, and rows four times as long as usual, with the default recipe but for its layout of the rows.
+
+    See `lessons`; half of `tokens` is the budget of the first, a fourth that of the second.
+    """
     tok, long = texts.tokenizer, 4 * texts.length
     common = {"vocab_size": len(tok), "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
     choose, held = texts.of("calibration"), texts.of("heldout")
@@ -98,19 +102,18 @@ def both_lessons(texts: Texts, *, tokens: int, seeds: int = 3) -> pd.DataFrame:
 
     ids = tok(texts.of("train"), add_special_tokens=False, verbose=False)["input_ids"]
     marks: dict[str, Any] = {"eos": tok.eos_token_id, "pad": tok.pad_token_id}
-    budget = tokens // _LESSON_SHARE
     rows = lay(ids, texts.length, **marks, layout="packed")
     found = [
-        lessons.batch_size(bench(texts.length), rows, tokens=budget),
-        lessons.long_context(bench(long), ids, length=long, tokens=budget, batch=4, **marks),
+        lessons.batch_size(bench(texts.length), rows, tokens=tokens // _BATCH_SHARE),
+        lessons.long_context(bench(long), ids, length=long, tokens=tokens // _CONTEXT_SHARE, batch=4, **marks),
     ]
     return pd.concat(found, ignore_index=True).drop(columns="seconds")
 
 
 def vocabularies(texts: Texts, spec: str = VOCABULARIES, *, seconds: float, seeds: int = 3) -> pd.DataFrame:
-    """Tokenizers side by side, each with a model trained for equal time by the default recipe: see `tokenizers`."""
+    """Tokenizers side by side, each with a model trained for equal time on packed rows: see `tokenizers`."""
     split = {"train": texts.of("train"), "heldout": texts.of("heldout")}
-    own, recipe = tokenizers.candidates(split["train"], spec), Recipe()
+    own, recipe = tokenizers.candidates(split["train"], spec), RECIPES["packed"]
     found = tokenizers.by_loss(
         split, own, build=partial(architectures.new, "qwen3", **texts.sizes, max_length=texts.length),
         train=lambda model, blocks, tokens, seed: pretrain(blocks, model, recipe, tokens=tokens, seed=seed),

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +25,9 @@ from tinyonn_lib.lm import judge
 from tinyonn_lib.pretrain import architectures
 from tinyonn_lib.pretrain.latent import Latent, attached
 from tinyonn_lib.pretrain.layout import Rows, lay
+from tinyonn_lib.pretrain.lineup import DEFAULT, Entry, replace_rates
 from tinyonn_lib.pretrain.mtp import MTPHead
-from tinyonn_lib.pretrain.recipe import RECIPES, Recipe
+from tinyonn_lib.pretrain.recipe import Recipe
 from tinyonn_lib.pretrain.train import pretrain
 from tinyonn_lib.progress import Progress
 
@@ -37,53 +38,6 @@ Budget = Literal["tokens", "time"]
 _SPEED_STEPS = 5
 RANK = 24
 """Columns of the latent embeddings, about: they are a multiple of 2 for pairs and of the layers for the control."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Who takes part.
-
-    Attributes:
-        recipe: how it is trained.
-        architecture: one of `architectures.ARCHITECTURES`, with the sizes of the contest.
-        matched: its FFN is made as narrow or wide as it takes for the parameters of the dense model.
-        latent: "rotated" adds the document's latent per-layer embeddings, "apart" their control (`latent.Latent`).
-        rates: pairs of `lr_matrix, lr_other` that are tried first; the best on other texts is taken.
-        headline: runs with every seed, the others with the first alone.
-    """
-
-    recipe: Recipe = field(default_factory=Recipe)
-    architecture: str = "qwen3"
-    matched: bool = False
-    latent: Literal["", "rotated", "apart"] = ""
-    rates: tuple[tuple[float, float], ...] = ()
-    headline: bool = False
-
-
-_PACKED, _ADAMW = RECIPES["packed"], RECIPES["adamw"]
-GRID = tuple((matrix, other) for matrix in (1e-3, 3e-3, 1e-2) for other in (2e-2, 5e-2, 1e-1, 2e-1))
-SINGLE = tuple((rate, rate) for rate in (1e-3, 3e-3, 1e-2))
-
-DEFAULT, BASE = "default", "packed"
-LINEUP: dict[str, Entry] = {
-    DEFAULT: Entry(headline=True),
-    BASE: Entry(_PACKED, headline=True),
-    "AdamW, tuned, cosine": Entry(_ADAMW, rates=GRID, headline=True),
-    "AdamW, one rate, cosine, a text a row": Entry(RECIPES["plain"], rates=SINGLE, headline=True),
-    "AdamW, tuned, trapezoidal": Entry(replace(_ADAMW, schedule="trapezoidal"), rates=GRID),
-    "cosine": Entry(replace(_PACKED, schedule="cosine"), headline=True),
-    "a text a row": Entry(replace(_PACKED, layout="padded")),
-    "multi-token prediction": Entry(replace(_PACKED, mtp=0.3)),
-    "batch ramp": Entry(replace(_PACKED, ramp=0.5), headline=True),
-    "MoE (Qwen3-MoE, 2 of 8)": Entry(_PACKED, architecture="qwen3_moe"),
-    "MoE without balance loss": Entry(replace(_PACKED, balance=0.0), architecture="qwen3_moe"),
-    "Qwen2-MoE, shared expert": Entry(_PACKED, architecture="qwen2_moe"),
-    "DeepSeek-V3, MLA": Entry(_PACKED, architecture="deepseek_v3", matched=True),
-    "Gemma-3n, per-layer embeddings": Entry(_PACKED, architecture="gemma3n", matched=True),
-    "latent embeddings, rotated over depth": Entry(_PACKED, matched=True, latent="rotated"),
-    "latent embeddings, a table per layer": Entry(_PACKED, matched=True, latent="apart"),
-}
-"""The default, the same without document masks (`BASE`), and one choice changed in that at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +62,11 @@ class Contest:
     """Everybody on the same texts.
 
     Attributes:
-        speeds: name → seconds per token, as `measure_speeds` found them.
+        speeds: `Entry.computation` → seconds per token, as `measure_speeds` found them.
         losses: (name, budget) → one held-out `Loss` per seed, in bits and bytes.
         rates: name → learning rates taken.
         tokens: (name, budget) → tokens trained on; parameters: name → `architectures.counts`.
-        dense: name → whether it is the plain Qwen3 of the other phases.
+        dense: name → whether it is the plain Qwen3 of the other phases; seconds: name → its seconds per token.
     """
 
     def __init__(
@@ -151,6 +105,7 @@ class Contest:
         self.tokens: dict[tuple[str, Budget], int] = {}
         self.parameters: dict[str, dict[str, int]] = {}
         self.dense: dict[str, bool] = {}
+        self.seconds: dict[str, float] = {}
 
     def again(self, folder: Path, tokens: int) -> Contest:
         """Another contest on the same texts, with the speeds of this one and another budget."""
@@ -178,13 +133,19 @@ class Contest:
         latent = Latent(model, rank, rotate=entry.latent == "rotated", seed=seed) if entry.latent else None
         return Contender(model, head, latent)
 
-    def measure_speeds(self, lineup: Mapping[str, Entry], rounds: int = 5) -> None:
-        """Seconds per token of every entry: all take turns, and the median round counts."""
+    def measure_speeds(self, lineup: Mapping[str, Entry], rounds: int = 15) -> None:
+        """Seconds per token of everything that the entries compute.
+
+        All take turns, and the median counts of what each takes for what the first takes in the same turn: a machine
+        that others use, too, is slower for a while, and then for all of them.
+        """
         path = self.folder / "speeds.json"
         found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        if missing := {name: entry for name, entry in lineup.items() if name not in found}:
-            # The first takes part again, so that ratios stay right when an entry is added later.
-            turns = {next(iter(lineup)): lineup[next(iter(lineup))], **missing}
+        needed = {entry.computation: entry for entry in lineup.values()}
+        first = next(iter(lineup.values()))
+        if missing := {name: entry for name, entry in needed.items() if name not in found}:
+            # The first takes part again when an entry is added later.
+            turns = {first.computation: first, **missing}
             seconds: dict[str, list[float]] = {name: [] for name in turns}
             ready = {name: self.build(entry, 0) for name, entry in turns.items()}
             told = self._progress("speeds", "rounds") if self._progress else None
@@ -200,20 +161,22 @@ class Contest:
                         seconds[name].append(timing["seconds"] / (_SPEED_STEPS * step))
                 if told is not None:
                     told(turn, rounds, "")
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            first = next(iter(lineup))
-            scale = found.get(first, medians[first]) / medians[first]
-            found |= {name: value * scale for name, value in medians.items() if name not in found}
+            ours = seconds[first.computation]
+            unit = found.get(first.computation, min(ours))
+            for name in missing:
+                found[name] = unit * statistics.median(one / two for one, two in zip(seconds[name], ours, strict=True))
             _write(path, found)
         self.speeds = found
 
-    def enter(self, name: str, entry: Entry, first: str, budgets: Sequence[Budget] = ("tokens", "time")) -> None:
+    def enter(self, name: str, entry: Entry, pace: Entry, budgets: Sequence[Budget] = ("tokens", "time")) -> None:
         """Choose the rates of one entry, train it and judge it.
 
         Args:
-            first: the entry whose time the budget "time" is.
+            pace: the entry whose time the budget "time" is.
         """
-        tokens = {"tokens": self.budget, "time": round(self.budget * self.speeds[first] / self.speeds[name])}
+        self.seconds[name] = self.speeds[entry.computation]
+        most = round(self.budget * self.speeds[pace.computation] / self.seconds[name])
+        tokens = {"tokens": self.budget, "time": most}
         if len(entry.rates) > 1:
             trials = {rates: self._tried(replace_rates(entry, rates), tokens["time"]) for rates in entry.rates}
             entry = replace_rates(entry, min(trials, key=lambda rates: trials[rates]))
@@ -249,16 +212,16 @@ class Contest:
                     "difference": gap.mean, "low": gap.low, "high": gap.high,
                     "parameters": self.parameters[name]["total"], "active": self.parameters[name]["active"],
                     "lr_matrix": self.rates[name][0], "lr_other": self.rates[name][1],
-                    "speed": self.speeds[against] / self.speeds[name],
+                    "speed": self.seconds[against] / self.seconds[name],
                 }
             )  # fmt: skip
         return pd.DataFrame(rows)
 
     def difference(self, name: str, other: str, budget: Budget) -> Difference:
-        """Bits per byte of one minus another's, on the seeds that both have."""
+        """Bits per byte of one minus another's, on the seeds that both have; interval over files and seeds."""
         one, two = self.losses[name, budget], self.losses[other, budget]
         count = min(len(one), len(two))
-        return paired(one[:count], two[:count], self.sources)
+        return paired(one[:count], two[:count], self.sources, over_seeds=True)
 
     def saving(self, name: str, other: str, budget: Budget, draws: int = 2000) -> Difference:
         """Share of another's bits that one saves, 1 − b/b', with a paired 95 % interval over files and seeds."""
@@ -302,7 +265,7 @@ class Contest:
         told = None
         if self._progress is not None:
             told = self._progress(f"{entry.architecture}, {entry.recipe.optimizer}, seed {seed}", "steps")
-        checkpoint = self.folder / "training.pt"
+        checkpoint = path.with_suffix(".pt")
         contender.train(
             self._laid(entry, seed), entry.recipe, tokens=tokens, seed=seed, checkpoint=checkpoint, progress=told
         )
@@ -311,11 +274,6 @@ class Contest:
         _write(path, bits.tolist())
         checkpoint.unlink(missing_ok=True)
         return Loss(bits, sizes)
-
-
-def replace_rates(entry: Entry, rates: tuple[float, float]) -> Entry:
-    """An entry with other learning rates of matrices and of the rest."""
-    return replace(entry, recipe=replace(entry.recipe, lr_matrix=rates[0], lr_other=rates[1]))
 
 
 def _write(path: Path, value: Any) -> None:

@@ -106,6 +106,7 @@ class MTPHead(nn.Module):
         positions: Tensor | None = None,
         *,
         pad: int | None = None,
+        count: float | None = None,
     ) -> Tensor:
         """Mean cross-entropy of token t+2 given all up to t and token t+1, a scalar in nats.
 
@@ -120,6 +121,8 @@ class MTPHead(nn.Module):
             positions: (B, at least T); a value that is not its left neighbour's plus one begins a document. None: a
                 row is one document.
             pad: a token that is never asked for.
+            count: what the sum is divided by; None is the number of targets. Parts of a batch with a count by their
+                rows weigh alike, whatever the number of targets in each.
 
         Returns:
             0 (with gradients of 0) where no target is left.
@@ -128,16 +131,16 @@ class MTPHead(nn.Module):
             BenchError: rows of less than three tokens.
         """
         known = ids.shape[1] if positions is None else positions.shape[1]
-        count = min(hidden.shape[1], ids.shape[1] - 2, known - 1)
-        if count < 1:
+        long = min(hidden.shape[1], ids.shape[1] - 2, known - 1)
+        if long < 1:
             raise BenchError(f"Rows of {ids.shape[1]} tokens have no token after next: give longer ones.")
-        own = None if positions is None else positions[:, :count]
-        states, targets = self.states(model, hidden[:, :count], ids[:, 1 : count + 1], own), ids[:, 2 : count + 2]
+        own = None if positions is None else positions[:, :long]
+        states, targets = self.states(model, hidden[:, :long], ids[:, 1 : long + 1], own), ids[:, 2 : long + 2]
         if positions is not None or pad is not None:
-            kept = _inside(ids, positions)[:, :count] & (targets != (-1 if pad is None else pad))
+            kept = asked_after(ids[:, : long + 2], positions, pad)
             states, targets = states[kept], targets[kept]
         logits = cast("Any", model).lm_head(states)
-        return next_token_nats(logits, targets).sum() / max(1, targets.numel())
+        return next_token_nats(logits, targets).sum() / (max(1, targets.numel()) if count is None else count)
 
     def save(self, folder: str | Path) -> Path:
         """Write `mtp.safetensors` into the folder that `model.save_pretrained` wrote.
@@ -159,6 +162,12 @@ class MTPHead(nn.Module):
                 unfinished.unlink()
             raise BenchError(f"Cannot write {path}: {error}. Free space or choose another folder.") from error
         return path
+
+
+def asked_after(ids: Tensor, positions: Tensor | None, pad: int | None) -> Tensor:
+    """(B, T−2) whether token t+2 is asked for at t: see `MTPHead.loss`."""
+    inside = _inside(ids, positions)[:, : ids.shape[1] - 2]
+    return inside if pad is None else inside & (ids[:, 2:] != pad)
 
 
 def _inside(ids: Tensor, positions: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ def contest_story(table: pd.DataFrame) -> str:
     better = others[others["high"] < 0]
     said = [f"The default pays {default['bits_per_byte']:.3f} bits per byte."]
     if len(better):
-        names = ", ".join(f"{name} ({row['difference']:+.3f})" for name, row in better.iterrows())
+        names = ", ".join(f"{name} ({row['difference']:+.3f}{_alone(row)})" for name, row in better.iterrows())
         said.append(f"**Better at equal time: {names}.**")
     elif len(others):
         best = others["difference"].idxmin()
@@ -48,13 +48,18 @@ def contest_story(table: pd.DataFrame) -> str:
         interval = "no interval" if pd.isna(row["low"]) else f"[{row['low']:+.3f}, {row['high']:+.3f}]"
         said.append(
             f"No other recipe for the same model is clearly better at equal time; the next is *{best}* "
-            f"({row['difference']:+.3f} {interval})."
+            f"({row['difference']:+.3f} {interval}{_alone(row)})."
         )
     different = at_time[~at_time["dense"].astype(bool)]
     if len(different):
         names = ", ".join(f"{name} {row['difference']:+.3f}" for name, row in different.iterrows())
         said.append(f"Other architectures at equal time: {names}.")
     return " ".join(said)
+
+
+def _alone(row: pd.Series) -> str:
+    """What an interval over files cannot tell: how much another training would differ."""
+    return ", a single training" if row["seeds"] == 1 else ""
 
 
 def lesson_story(table: pd.DataFrame) -> str:

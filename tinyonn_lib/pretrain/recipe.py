@@ -16,6 +16,7 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.schedule import Precision, Schedule
 from tinyonn_lib.pretrain.forward import forward, next_token_nats
 from tinyonn_lib.pretrain.layout import Layout, Rows
+from tinyonn_lib.pretrain.mtp import asked_after
 from tinyonn_lib.pretrain.muon import Muon
 
 if TYPE_CHECKING:
@@ -147,7 +148,9 @@ def loss(
 
     Divided by the tokens that a row of the whole set asks for on average, so that equal shards weigh alike.
     """
-    per_row = rows.targets
+    per_row, after = rows.targets, 1.0
+    if mtp is not None:
+        after = max(1, int(asked_after(rows.ids, rows.positions, rows.pad).sum())) / len(rows.ids)
 
     def of(batch: dict[str, Tensor]) -> Tensor:
         ids, positions = batch["ids"], batch.get("positions")
@@ -155,6 +158,8 @@ def loss(
         out = forward(model, ids[:, :-1], inside)
         nll = next_token_nats(out.logits, rows.asked(ids)).sum()
         total = nll / (per_row * len(ids)) + recipe.balance * out.balance
-        return total if mtp is None else total + recipe.mtp * mtp.loss(model, out.hidden, ids, positions, pad=rows.pad)
+        if mtp is None:
+            return total
+        return total + recipe.mtp * mtp.loss(model, out.hidden, ids, positions, pad=rows.pad, count=after * len(ids))
 
     return of

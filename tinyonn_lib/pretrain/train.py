@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,19 @@ if TYPE_CHECKING:
     from tinyonn_lib.pretrain.mtp import MTPHead
 
 
+@dataclass(frozen=True)
+class Objective:
+    """Another loss than the recipe's.
+
+    Attributes:
+        loss: model → loss of a batch of `Rows.batches`, as `recipe.loss` makes it.
+        tag: names what it depends on, so that no checkpoint of another loss is taken up.
+    """
+
+    loss: Callable[[PreTrainedModel], Callable[[dict[str, Tensor]], Tensor]]
+    tag: str
+
+
 def pretrain(
     rows: Rows | Tensor,
     model: PreTrainedModel,
@@ -40,6 +53,7 @@ def pretrain(
     tokens: int = 1_000_000,
     seconds: float | None = None,
     mtp: MTPHead | None = None,
+    objective: Objective | None = None,
     seed: int = 0,
     shards: int | None = None,
     checkpoint: Path | None = None,
@@ -59,6 +73,7 @@ def pretrain(
         seconds: budget by the clock instead: the speed is measured first and `tokens` follows from it, so the result
             depends on the machine. A resumed run keeps the number of tokens that was measured first.
         mtp: trained beside the model if the recipe gives its loss a weight.
+        objective: None is the recipe's loss.
         seed: order of the rows.
         shards: threads with a part of the batch each; None takes one per core, at most four, and 1 on a GPU.
         checkpoint, every_seconds, progress, timing: see `lm.train.fit`.
@@ -79,8 +94,9 @@ def pretrain(
 
     def run(target: PreTrainedModel, head: MTPHead | None, sizes: list[int], **more: Any) -> pd.DataFrame:
         trained = nn.ModuleList([target] if head is None else [target, head])
+        own = loss(target, rows, recipe, head) if objective is None else objective.loss(target)
         return fit(
-            trained, loss(target, rows, recipe, head), rows.batches(sizes, seed, device),
+            trained, own, rows.batches(sizes, seed, device),
             optimizers(trained, recipe, shards), steps=len(sizes), clip=recipe.clip, schedule=recipe.schedule,
             warmup_steps=min(recipe.warmup_steps, len(sizes) // 4), decay_share=recipe.decay_share, shards=shards,
             precision=recipe.precision, **more,
@@ -97,7 +113,8 @@ def pretrain(
                 del trial
             return run(
                 model, mtp, recipe.sizes(tokens, length), checkpoint=checkpoint, every_seconds=every_seconds,
-                progress=progress, timing=timing, tag=f"{seed} {astuple(recipe)}",
+                progress=progress, timing=timing,
+                tag=f"{seed} {astuple(recipe)}{'' if objective is None else objective.tag}",
             )  # fmt: skip
     finally:
         model.eval()
