@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("tests.mistakes")  # what it asserts is shown as in a test
+pytest.register_assert_rewrite("tests.mistakes", "tests.gguf_files")  # what they assert is shown as in a test
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm import load
 from tinyonn_lib.workbench import params, runs
 from tinyonn_lib.workbench.phases import PHASES
@@ -52,20 +53,27 @@ def cells(phase: str, overrides: list[str]) -> None:
             exec(cell.source, namespace)
 
 
-def mixture(home: Path) -> Path:
-    """A mixture of experts that is nobody's work, with the tokenizer of `pretrain`: spares the phases that make one."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+def stranger(home: Path, family: str, folder: str = "", **options: Any) -> Path:
+    """A tiny model of another family with the tokenizer of `pretrain`, in this folder, else in one of its name."""
+    import transformers
 
-    torch.manual_seed(0)
     made = load.load_tokenizer(str(home / "runs/default/pretrain/model"))
-    shape = OlmoeConfig(
-        vocab_size=len(made), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
-        bos_token_id=made.bos_token_id, eos_token_id=made.eos_token_id, pad_token_id=None,
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(made), "hidden_size": 16, "num_hidden_layers": 1, "bos_token_id": made.bos_token_id}
+    shape |= {"eos_token_id": made.eos_token_id, "pad_token_id": None}
+    config = getattr(transformers, f"{family}Config")(**(shape | options))
+    place = home / (folder or family)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    made.save_pretrained(place)
+    return place
+
+
+def mixture(home: Path) -> Path:
+    """A mixture of experts that is nobody's work: spares the phases that make one."""
+    return stranger(
+        home, "Olmoe", "moe", intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
     )  # fmt: skip
-    OlmoeForCausalLM(shape).save_pretrained(home / "moe")
-    made.save_pretrained(home / "moe")
-    return home / "moe"
 
 
 @contextmanager
@@ -101,6 +109,25 @@ def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
     for said in says:
         assert said in lines[0]
     assert "Traceback" not in done.stdout
+
+
+def stops(phase: str, home: Path, name: str, arguments: list[str], says: str) -> None:
+    """The phase's cells end in one line that says this, leave no result, and leave run `default` alone.
+
+    Args:
+        phase: Which notebook's cells.
+        home: Where the runs are; `{}` in the arguments stands for it.
+        name: The mistake's; the run is called after it.
+        arguments: The mistake, as overrides of a small phase's parameters.
+        says: A regular expression for the line.
+    """
+    given = [argument.replace("{}", str(home)) for argument in arguments]
+    run, before = name.replace(" ", "_"), fingerprints(home)
+    with pytest.raises(BenchError, match=says) as error:
+        cells(phase, [*sizes(phase, home), f"run={run}", "base=default", *given])
+    assert "\n" not in str(error.value)
+    assert fingerprints(home) == before
+    assert not (home / "runs" / run / phase / "manifest.json").exists()
 
 
 def refused(home: Path, cases: Mapping[str, Case], subtests: pytest.Subtests) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tinyonn_lib.errors import BenchError
 
-from .mistakes import bad, cells, fingerprints, finished, refused, sizes
+from .mistakes import bad, cells, fingerprints, finished, refused, sizes, stops
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +71,7 @@ def test_choosing_data_gives_one_clear_line(home: Path, tmp_path: Path, name: st
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": ""}\n{"text": 3}\n{"text": "\xff\xfe"}\n{nope}\n')
     phase, arguments, says = CHOOSING[name]
-    given = [argument.replace("{}", str(home)).replace("{t}", str(tmp_path)) for argument in arguments]
-    run, before = name.replace(" ", "_"), fingerprints(home)
-    with pytest.raises(BenchError, match=says) as error:
-        cells(phase, [*sizes(phase, home), f"run={run}", "base=default", *given])
-    assert "\n" not in str(error.value)
-    assert fingerprints(home) == before
-    assert not (home / "runs" / run / phase / "manifest.json").exists()
+    stops(phase, home, name, [argument.replace("{t}", str(tmp_path)) for argument in arguments], says)
 
 
 def test_a_mistake_before_the_work_leaves_the_result_that_stands(home: Path) -> None:

@@ -73,7 +73,7 @@ AMIDST: dict[str, Callable[[Path], bool]] = {
     "target": lambda folder: any(folder.glob(".resume/*/contest/*.npz")),  # the first training
     "evaluate": lambda folder: (folder / "tasks/cloze.jsonl").exists(),
     "kv": lambda folder: any(folder.glob(".resume/*/contest/ours*.pt")),
-    "align": lambda folder: any(folder.glob(".resume/*/contest/*.parquet")),  # the first training of the contest
+    "align": lambda folder: any(folder.glob(".resume/*/contest/*")),  # GSPO, trained or being judged
 }
 RESUMED = {
     "pretrain": "model: .* steps", "scan": "scan: .* samples", "router": "trained router: .* steps",

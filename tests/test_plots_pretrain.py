@@ -119,4 +119,10 @@ def test_tokenizers_are_a_dot_each_with_the_mean_of_their_seeds() -> None:
     np.testing.assert_allclose(dots.x, [0.2, 0.5])
     np.testing.assert_allclose(dots.y, [2.5, 3.5])
     assert list(FIGURES["tokenizers"][0].data[0].text) == ["bpe 1024", ESCAPED]
-    assert figure.layout.meta["alt"].startswith("Tokenizers: bpe 1024 2.50 bytes per token at 20% of the parameters, ")
+    untrained = FIGURES["tokenizers"][0].layout
+    first, second = "bpe 1024 2.50 bytes per token at 20% of the parameters", "3.50 bytes per token at 50%"
+    assert untrained.meta["alt"].startswith(f"Tokenizers: {first}, {HOSTILE} {second}")
+    assert untrained.title.text == "Tokenizers side by side"
+    trained = figure.layout
+    assert trained.meta["alt"].startswith(f"Tokenizers: {first} and 2.250 bits per byte, {HOSTILE} {second}")
+    assert trained.title.text == "Tokenizers side by side, trained for equal time"

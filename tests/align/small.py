@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tinyonn_lib.align.contest import Contest, contest
+from tinyonn_lib.align.methods import Budget, Rate
 from tinyonn_lib.align.prefer import prefer
 from tinyonn_lib.align.reinforce import reinforce
 from tinyonn_lib.align.tasks import TASKS, prompts
@@ -50,6 +53,47 @@ def train_small(method: str, model: Any, checkpoint: Path | None = None, progres
         return reinforce(model, tokenizer, sums, **SETTINGS, **rest)
     table = sums.assign(chosen=sums["solution"], rejected=" 9 9 9")
     return prefer(model, tokenizer, table, steps=6, batch=8, **rest)
+
+
+def weights(model: Any) -> torch.Tensor:
+    return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+
+def contest_small(
+    warm: Any,
+    folder: Path | None = None,
+    progress: Any = None,
+    *,
+    methods: Sequence[str] = ("gspo", "rejection", "dpo"),
+    seeds: int = 1,
+    seed: int = 0,
+    size: int = 9,
+    tune_size: int = 9,
+    learned: int = 20,
+    rate: float = 1.0e-2,
+    tried: int = 1,
+    tokenizer: Any = None,
+    **plan: Any,
+) -> Contest:
+    """A contest of two rounds, always the same."""
+    budget = Budget(**({"steps": 2, "prompts_per_step": 4, "group": 8, "updates": 2} | plan))
+    tune = prompts("arithmetic", 8, size=tune_size, split="tune")
+    heldout = prompts("arithmetic", 8, size=size, split="heldout")
+    rates: dict[str, list[Rate]] = {name: [("gains", rate), ("gains", rate / 2)][:tried] for name in methods}
+    return contest(
+        warm, tokenizer or small_tokenizer(), small_prompts().head(learned), tune, heldout, rates, budget=budget,
+        seeds=seeds, seed=seed, folder=folder, every_seconds=0.0, progress=progress,
+    )  # fmt: skip
+
+
+def contested(start: str, folder: str) -> None:
+    """The contest in a process of its own, which says where it is."""
+    torch.set_num_threads(1)
+
+    def reporter(what: str, unit: str) -> Progress:
+        return lambda done, total, note: print(f"{what}: {done}", flush=True)
+
+    contest_small(AutoModelForCausalLM.from_pretrained(start), Path(folder), reporter)
 
 
 def main(start: str, checkpoint: str) -> None:

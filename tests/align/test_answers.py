@@ -155,17 +155,51 @@ def test_lift_counts_successes_and_its_sign_is_up() -> None:
     table = lift([first, second], base)
     greedy, sampled = table.to_dict("records")
     assert (greedy["base"], greedy["tuned"], greedy["difference"]) == (0.0, 0.25, pytest.approx(0.25))
-    assert 0 <= greedy["low"] < 0.25 < greedy["high"] <= 0.5
+    assert greedy["low"] == 0  # the second seed alone
+    assert 0.5 <= greedy["high"] < 1
     assert (sampled["base"], sampled["tuned"]) == (0.25, 0.75)
-    assert sampled["low"] == pytest.approx(0.5)
-    assert sampled["high"] == pytest.approx(0.5)
+    # Alike for all prompts: 0.25 more with one seed, 0.75 with the other; a quarter of the draws has one of them alone.
+    assert (sampled["low"], sampled["high"]) == (pytest.approx(0.25), pytest.approx(0.75))
     assert sampled["standing"] == "better"
+    single = lift([first], base).to_dict("records")[1]
+    assert (single["low"], single["high"]) == (pytest.approx(0.25), pytest.approx(0.25))
     assert lift(base, second)["standing"].tolist() == ["no clear difference", "worse"]
     few = lift(first.head(5), base.head(5))
     assert few["standing"].tolist() == ["too few sources"] * 2
     assert few["low"].isna().all()
     with pytest.raises(BenchError, match="not asked the same"):
         lift(first, base.assign(prompt="x"))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_lift_draws_prompts_and_seeds(paired: bool) -> None:
+    """Against the whole distribution: every draw of two seeds, with that of eight prompts by convolution."""
+    rng = np.random.default_rng(4)
+    ours = [_found([0.0] * 8, (rng.integers(0, 5, 8) / 4).tolist()) for _ in range(2)]
+    theirs = [_found([0.0] * 8, (rng.integers(0, 3, 8) / 4).tolist()) for _ in range(2 if paired else 1)]
+    row = lift(ours, theirs).to_dict("records")[1]
+    gaps = [one["sampled"].to_numpy() - theirs[n * paired]["sampled"].to_numpy() for n, one in enumerate(ours)]
+    chance: dict[int, float] = {}  # sum of the eight gaps, in eighths
+    for seeds in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        eighths = np.rint(8 * (gaps[seeds[0]] + gaps[seeds[1]]) / 2).astype(int)
+        sums = {0: 0.25}
+        for _ in range(8):
+            drawn: dict[int, float] = {}
+            for total, share in sums.items():
+                for step in eighths:
+                    drawn[total + step] = drawn.get(total + step, 0.0) + share / 8
+            sums = drawn
+        for total, share in sums.items():
+            chance[total] = chance.get(total, 0.0) + share
+    totals = np.array(sorted(chance))
+    below = np.cumsum([chance[total] for total in totals])
+    for bound, share in ((row["low"], 0.025), (row["high"], 0.975)):
+        # 2,000 draws: the share below a quantile is off by 0.0035 (one sigma).
+        low, high = (totals[np.searchsorted(below, share + off)] / 64 for off in (-0.012, 0.012))
+        assert low <= bound <= high
+    assert row["difference"] == pytest.approx(np.mean(gaps))
+    prompts_alone = lift([ours[0].assign(sampled=np.mean([one["sampled"] for one in ours], axis=0))], theirs[:1])
+    assert row["high"] - row["low"] > 1.1 * (prompts_alone["high"] - prompts_alone["low"])[1]
 
 
 def test_success_is_greedy_and_sampled(half: Callable[[], Any], tokenizer: Any, sums: pd.DataFrame) -> None:

@@ -200,7 +200,7 @@ def test_resume_is_exact_and_only_with_the_same_teacher(tmp_path: Path, monkeypa
     ("change", "message"),
     [
         ({"teacher": {"vocab_size": 310}}, "student has 300 tokens, the teacher 310.* the same tokenizer"),
-        ({"teacher": {"max_length": 16}}, "Rows of 32 tokens exceed the 16 that the teacher can read"),
+        ({"teacher": {"max_length": 16}}, "Rows of 32 tokens exceed the 16 that both models can read"),
         ({"rows": torch.full((3, 8), 300)}, "A block holds token 300, the model has 300: other tokenizer"),
         ({"rows": torch.zeros(3, 1, dtype=torch.long)}, r"length ≥ 2\) token ids, got shape \(3, 1\)"),
         ({"tokens": 0}, "tokens=0"),

@@ -148,8 +148,12 @@ def test_another_training_does_not_take_the_checkpoint(
     half: Fresh, tokenizer: Any, sums: pd.DataFrame, tmp_path: Path
 ) -> None:
     told: list[str] = []
+    saved = b""
     for more in ({}, {"seed": 1}, {"lr": 1.0e-3}, {"kind": "grpo"}, {"temperature": 0.9}):
         settings: dict[str, Any] = {**SETTINGS, "steps": 1, **more}
+        saved = saved or ((tmp_path / "c").read_bytes() if more else b"")
+        if more:
+            (tmp_path / "c").write_bytes(saved)
         reinforce(half(), tokenizer, sums, checkpoint=tmp_path / "c", progress=lambda *a: told.append(a[2]), **settings)
     assert not [note for note in told if note.startswith("going on")]
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.experts.test_export import files_at_most
+from tests.gguf_files import IDS, SHAPE, field, holds, same_in_llama_cpp, some_words, written
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.lm import tokenizer
 from tinyonn_lib.lm.gguf import to_gguf
 from tinyonn_lib.workbench import cli
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
-IDS = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(0))
 PLAIN = {"rope_type": "default", "rope_theta": 1000.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -50,7 +49,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # transformers' kind, lla
 
 @pytest.fixture(scope="module")
 def tok() -> PreTrainedTokenizerFast:
-    return tokenizer.train_bpe(["some words to learn from", "and some more words"] * 3, 300)
+    return some_words()
 
 
 @pytest.fixture(scope="module")
@@ -70,92 +69,16 @@ def folders(tok: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-def written(folder: Path, arch: str, step: int) -> dict[str, np.ndarray]:
-    """llama.cpp's names → what they must hold, from the safetensors, by llama.cpp's documentation of names."""
-    tensors = {name: tensor.numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
-    config = json.loads((folder / "config.json").read_text())
-    names = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
-    parts = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-        "input_layernorm": "attn_norm", "mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-        "post_attention_layernorm": "post_attention_norm" if arch == "glm4moe" else "ffn_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
-    for layer in range(2):
-        names |= {f"model.layers.{layer}.{old}": f"blk.{layer}.{new}" for old, new in parts.items()}
-    found = {
-        f"{names[stem]}.{kind}": array for name, array in tensors.items() for stem, _, kind in [name.rpartition(".")]
-        if stem in names and kind in ("weight", "bias")
-    }  # fmt: skip
-    if arch == "qwen2moe":
-        found.setdefault("output.weight", found["token_embd.weight"])
-    if arch == "llama":
-        for key in found:
-            heads = {"attn_q": 4, "attn_k": 2}.get(key.split(".")[-2])
-            if heads:  # row i of a head's first half, then row i of its second half, and so on
-                half = len(found[key]) // heads // 2
-                order = [h * 2 * half + i + side * half for h in range(heads) for i in range(half) for side in (0, 1)]
-                found[key] = found[key][order]
-    for layer in range(2 if "moe" in arch else 0):
-        mlp, width = f"model.layers.{layer}.mlp.", -(-24 // step) * step
-        for part in ("gate", "up", "down"):
-            axis = 1 if part == "down" else 0
-            stack = np.stack([tensors[f"{mlp}experts.{e}.{part}_proj.weight"] for e in range(8)])
-            found[f"blk.{layer}.ffn_{part}_exps.weight"] = padded(stack, axis + 1, width)
-            own = [tensors[k] for k in tensors if k.startswith(f"{mlp}shared") and k.endswith(f"{part}_proj.weight")]
-            if own or arch == "glm4moe":
-                array = own[0] if own else np.zeros((32, 0) if axis else (0, 32), np.float32)
-                unit = width if arch == "glm4moe" else step
-                found[f"blk.{layer}.ffn_{part}_shexp.weight"] = padded(
-                    array, axis, max(unit, -(-array.shape[axis] // unit) * unit)
-                )
-        if arch == "glm4moe":
-            bias = tensors.get(f"{mlp}gate.e_score_correction_bias", np.zeros(8, np.float32))
-            found[f"blk.{layer}.exp_probs_b.bias"] = bias
-        elif arch == "qwen2moe":
-            found[f"blk.{layer}.ffn_gate_inp_shexp.weight"] = found[f"blk.{layer}.ffn_gate_inp_shexp.weight"][0]
-    if config["rope_parameters"]["rope_type"] == "llama3":
-        found["rope_freqs.weight"] = llama3_divisors()
-    return found
-
-
-def padded(array: np.ndarray, axis: int, width: int) -> np.ndarray:
-    return np.pad(array, [(0, width - n if i == axis else 0) for i, n in enumerate(array.shape)])
-
-
-def llama3_divisors() -> np.ndarray:
-    """By Llama 3.1's own description: long waves four times slower, short ones as they are, between them a mixture."""
-    divisors = []
-    for wave in 2 * np.pi * 1000.0 ** (np.arange(4) / 4):
-        smooth = np.clip((16 / wave - 1) / (4 - 1), 0, 1)
-        divisors.append(1 / ((1 - smooth) / 4 + smooth))
-    return np.array(divisors, np.float32)
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_every_tensor_and_hyperparameter(name: str, dtype: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     kind, arch, options = CASES[name]
     reader = gguf.GGUFReader(to_gguf(folders[name], tmp_path / "model.gguf", dtype))
-    want = written(folders[name], arch, 32 if dtype == "q8_0" else 1)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    assert found.keys() == want.keys()
-    for key, tensor in found.items():
-        matrix = want[key].ndim > 1 and "gate_inp" not in key
-        stored = gguf.GGMLQuantizationType[dtype.upper() if matrix else "F32"]
-        assert tensor.tensor_type == stored
-        assert tuple(reversed(tensor.shape.tolist())) == want[key].shape
-        if key == "rope_freqs.weight":
-            assert tensor.data == pytest.approx(want[key], rel=1e-5)
-        else:
-            assert tensor.data.tobytes() == gguf.quants.quantize(want[key], stored).tobytes()
+    holds(reader, written(folders[name], arch, 32 if dtype == "q8_0" else 1), dtype)
     head, moe = options.get("head_dim", 8), "moe" in arch
     expected: dict[str, Any] = {
-        "block_count": 2, "embedding_length": 32, "context_length": 64, "vocab_size": 310, "feed_forward_length": 64,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": head,
-        "attention.value_length": head, "rope.dimension_count": head // 2 if kind == "glm4_moe" else head,
-        "rope.freq_base": 1000.0, "attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        **SHAPE, "feed_forward_length": 64, "attention.key_length": head, "attention.value_length": head,
+        "rope.dimension_count": head // 2 if kind == "glm4_moe" else head,
         "expert_count": 8 if moe else None, "expert_used_count": 2 if moe else None,
         "expert_feed_forward_length": (32 if dtype == "q8_0" else 24) if moe else None,
         "expert_weights_norm": options.get("norm_topk_prob", False) if moe else None,
@@ -166,11 +89,6 @@ def test_every_tensor_and_hyperparameter(name: str, dtype: Any, folders: dict[st
         expected["expert_shared_feed_forward_length"] = 64 if dtype == "q8_0" else 40
     assert field(reader, "general.architecture") == arch
     assert {key: field(reader, f"{arch}.{key}") for key in expected} == expected
-
-
-def field(reader: Any, key: str) -> Any:
-    found = reader.get_field(key)
-    return None if found is None else found.contents()
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Llama, plain"])
@@ -316,24 +234,12 @@ def test_the_command_says_what_stays_behind(
 def test_llama_cpp_computes_the_same(
     name: str, folders: dict[str, Path], tok: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python builds for minutes: compared where it is there"
-    )
     path = to_gguf(folders[name], tmp_path / "model.gguf")
-    options = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "flash_attn": False, "type_k": 0, "type_v": 0}
-    llama = llama_cpp.Llama(str(path), verbose=False, **options)  # type 0: cache in float32
-    llama.eval(IDS[0].tolist())
-    model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-    with torch.no_grad():
-        expected = model(IDS).logits[0]
-    found = torch.from_numpy(np.array(llama.scores[: IDS.shape[1]]))
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    llama, model = same_in_llama_cpp(path, folders[name], tok)
     greedy = model.generate(IDS, do_sample=False, min_new_tokens=12, max_new_tokens=12)[0, IDS.shape[1] :].tolist()
     for place, token in enumerate(greedy):
         scores = np.array(llama.scores[IDS.shape[1] + place - 1])
         scores[0] = -np.inf  # the end token, which `min_new_tokens` bars
         assert scores.argmax() == token
         llama.eval([token])
-    text = "some more words, and 12 <|endoftext|>"
-    assert llama.tokenize(text.encode(), add_bos=False, special=True) == tok(text)["input_ids"]
     llama.close()

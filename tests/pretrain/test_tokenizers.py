@@ -16,9 +16,10 @@ from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.judge import bits_per_byte
 from tinyonn_lib.lm.models import new_model
 from tinyonn_lib.lm.tokenizer import END, train_bpe
-from tinyonn_lib.pretrain import tokenizers
-from tinyonn_lib.pretrain.tokenizers import by_loss, candidates, compare, entries, prepared
+from tinyonn_lib.pretrain import tokenizers, trial
+from tinyonn_lib.pretrain.tokenizers import by_loss, candidates, compare
 from tinyonn_lib.pretrain.train import pretrain
+from tinyonn_lib.pretrain.trial import entries, prepared
 
 TEXTS = [f"the cat number {i} sat on the mat, and the dog ate the hat of Größe {i % 7}." for i in range(200)]
 SPLITS = {"train": TEXTS, "heldout": TEXTS[:10]}
@@ -112,13 +113,29 @@ def test_candidates_from_sizes_and_folders(tmp_path: Path) -> None:
     assert ids[0] != ids[1] == ids[2] == ids[3]
 
 
+def test_what_cannot_be_loaded_is_told_before_any_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tokenizers, "train_bpe", lambda *_: pytest.fail("a vocabulary was trained"))
+    with pytest.raises(BenchError, match="No such file or folder: /no/such"):
+        candidates(TEXTS, "258 300 /no/such")
+    LARGER.save_pretrained(tmp_path)
+    monkeypatch.setattr(tokenizers, "train_bpe", lambda texts, size: f"{len(texts)} texts, {size}")
+    found = candidates(TEXTS, f"0258 {tmp_path} 300")
+    assert list(found) == ["bpe 258", str(tmp_path), "bpe 300"]
+    assert (found["bpe 258"], found["bpe 300"]) == ("200 texts, 258", "200 texts, 300")
+
+
+@pytest.mark.parametrize("number", ["100", "257", "1000001", "0", "-5", "3.5", "300.0", "1e3", "nan"])
+def test_a_number_is_a_size_and_no_hub_id(number: str) -> None:
+    with pytest.raises(BenchError, match=f"^'{number}' is no size of a vocabulary: give a whole number from 258 to 1"):
+        candidates(TEXTS, f"300 {number}")
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
         (" ", "No tokenizer"),
-        ("100", "at least 258"),
         ("/nowhere/at/all", "No such file or folder"),
-        ("empty", "holds no config.json|holds no tokenizer"),
+        ("empty", "holds no config.json and no tokenizer.json"),
         ("damaged", "Cannot load a tokenizer"),
         ("owner/name", "hub"),
     ],
@@ -160,8 +177,9 @@ class Clock:
     """A trainer that takes as long as it is told, on a clock of its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds_per_token: dict[int, float]) -> None:
-        self.now, self.calls, self.per_token, self.busy = 0.0, [], seconds_per_token, lambda call: 1.0
-        monkeypatch.setattr(tokenizers, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        self.calls: list[tuple[int, int, int]] = []
+        self.now, self.per_token, self.busy = 0.0, seconds_per_token, lambda call: 1.0
+        monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def __call__(self, model: Any, blocks: Tensor, tokens: int, seed: int) -> None:
         vocabulary = model.config.vocab_size
@@ -173,7 +191,8 @@ class Clock:
 
 def test_equal_time_is_speed_times_seconds_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, {258: 0.001, 300: 0.004})
-    clock.busy = lambda call: 10.0 if call in (5, 6) else 1.0  # the second round of looks; the median passes it over
+    # The second round of looks is slow, the third quick: the median passes both over.
+    clock.busy = lambda call: {5: 10.0, 6: 10.0, 7: 0.5, 8: 0.5}.get(call, 1.0)
     given = {"small": BYTES, "large": LARGER}
     told: list[tuple[int, int, str]] = []
     table = by_loss(
@@ -210,9 +229,9 @@ def test_who_cannot_take_part_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isnan(table.loc["lossy", "bits_per_byte"])
     # 16 bytes for each of 64 · 150,002 logits, and 24 for each weight
     needed = 16 * 64 * 150_002 + 24 * BUILD(vocab_size=150_002).num_parameters()
-    for memory, tokens in ((needed - 1, []), (needed, [64, 64, 64, 64, 64])):
+    for limit, tokens in ((needed - 1, []), (needed, [64, 64, 64, 64, 64])):
         clock.calls.clear()
-        table = by_loss(splits, {"many": many}, memory=memory, **options)
+        table = by_loss(splits, {"many": many}, limit=limit, **options)
         assert [n for _, n, _ in clock.calls] == tokens
         assert bool(tokens) == math.isfinite(table["bits_per_byte"].iloc[0])
         assert bool(tokens) != ("GB are allowed" in table["note"].iloc[0])

@@ -193,5 +193,7 @@ def test_rule_over_several_keys_is_one_clear_line() -> None:
 
 def test_one_active_share_may_be_a_number() -> None:
     assert params.compose(PHASES["experts"], ["active=0.3"])["active"] == "0.3"
-    with pytest.raises(BenchError, match="numbers in"):
+    with pytest.raises(
+        BenchError, match=r"^experts\.active = 1\.5: expected numbers in \(0, 1\], separated by blanks\."
+    ):
         params.compose(PHASES["experts"], ["active=1.5"])

@@ -34,8 +34,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class NothingToLearn(BenchError):
+    """In a model's own answers is nothing to learn from. The contest tells it as a result and goes on.
+
+    Attributes:
+        tokens: generated in vain.
+    """
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+
 class Rounds:
-    """The rounds of a training with TRL: optimiser, learning rate, history, checkpoint.
+    """The rounds of a training: optimiser, learning rate, history, checkpoint.
 
     Attributes:
         done: rounds that a checkpoint has brought back.
@@ -63,7 +75,7 @@ class Rounds:
             rounds, updates: rounds in all, and optimiser steps in each.
             lr: AdamW's peak rate; linear decay over the last half.
             plan, data: what else must be the same for a checkpoint to be used: settings, and tensors.
-            columns: column of the history → name in TRL's log, averaged over a round's steps.
+            columns: column of the history → name in the logs, averaged over those of a round's steps that have it.
         """
         params = [param for param in model.parameters() if param.requires_grad]
         if not params:
@@ -74,7 +86,7 @@ class Rounds:
         self.done = 0
         self._params, self._columns, self._progress = params, columns, progress
         self._checkpoint, self._every, self._saved = checkpoint, every_seconds, time.monotonic()
-        self._logs: list[dict[str, float]] = []
+        self._logs: list[Mapping[str, float]] = []
         self._key = ""
         if checkpoint is not None:
             whole = {**plan, "rounds": rounds, "updates": updates, "lr": lr, "seed": seed}
@@ -103,16 +115,24 @@ class Rounds:
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
                 if "grad_norm" in logs:  # the last log sums up the whole training
-                    watch._logs.append(logs)
-                    if len(watch._logs) == watch.updates:
-                        watch._finish()
+                    watch.add(logs)
 
         return Watch()
 
+    def add(self, logs: Mapping[str, float]) -> None:
+        """What an optimiser step has to tell; the last of a round makes its row, and perhaps a checkpoint.
+
+        Raises:
+            BenchError: the loss or the gradient is not finite.
+        """
+        self._logs.append(logs)
+        if len(self._logs) == self.updates:
+            self._finish()
+
     def _finish(self) -> None:
         number = len(self.rows["step"]) + 1
-        for name, key in {"loss": "loss", "grad_norm": "grad_norm"}.items():
-            if not all(math.isfinite(float(log[key])) for log in self._logs):
+        for name in ("loss", "grad_norm"):
+            if not all(math.isfinite(float(log.get(name, 0.0))) for log in self._logs):
                 raise BenchError(f"The {name} is not finite at step {number}: lower the learning rate.")
         self.rows["step"].append(float(number))
         for name, key in self._columns.items():
@@ -201,8 +221,19 @@ def run(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    try:
+    with probabilities():
         trainer.train()
+
+
+@contextmanager
+def probabilities() -> Iterator[None]:
+    """Inside, sampling from NaN is told in one line.
+
+    Raises:
+        BenchError: the model no longer gives probabilities.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "probability tensor" not in str(error):  # torch.multinomial on NaN
             raise

@@ -108,10 +108,9 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, recip
             f"The student has {one.vocab_size} tokens, the teacher {two.vocab_size}: distillation compares their "
             "distributions token by token, so both need the same tokenizer."
         )
-    if rows.ids.ndim == 2 and rows.ids.shape[1] > limit_of(teacher):
-        raise BenchError(
-            f"Rows of {rows.ids.shape[1]} tokens exceed the {limit_of(teacher)} that the teacher can read."
-        )
+    shortest = min(limit_of(model) for model in (student, teacher))
+    if rows.ids.ndim == 2 and rows.ids.shape[1] > shortest:
+        raise BenchError(f"Rows of {rows.ids.shape[1]} tokens exceed the {shortest} that both models can read.")
     if recipe.mtp:
         raise BenchError("Distillation has no head for multi-token prediction: give a recipe with mtp=0.")
 

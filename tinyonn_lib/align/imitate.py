@@ -1,26 +1,35 @@
 """Rejection sampling: the model is taught its own right answers, round by round (expert iteration).
 
 The strongest control of reinforcement at equal samples: it uses the same program as the judge and the same number of
-generated answers, and only the right ones. With wrong answers never pushed away (arXiv 2504.11343: RAFT).
+generated answers, and only the right ones. With wrong answers never pushed away (arXiv 2504.11343: RAFT). Its optimiser
+and the decay of its learning rate are those of `reinforce`.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from tinyonn_lib.align.answers import answers
-from tinyonn_lib.align.parts import Part
+from tinyonn_lib.align.answers import answers, encoded
+from tinyonn_lib.align.borrow import NothingToLearn, Rounds, probabilities
+from tinyonn_lib.align.parts import Part, only
 from tinyonn_lib.align.seeds import seed_of
-from tinyonn_lib.align.warm import teach
+from tinyonn_lib.align.warm import packed
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.engine import Local
 from tinyonn_lib.lm.samples import shuffled
+from tinyonn_lib.lm.threads import default_shards, threads
 from tinyonn_lib.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_COLUMNS = {name: name for name in ("reward", "right", "loss", "grad_norm", "tokens")}
 
 
 def imitate(
@@ -37,6 +46,8 @@ def imitate(
     lr: float = 1.0e-2,
     temperature: float = 1.0,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    every_seconds: float = 10.0,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Let the model answer, keep what is right, teach it that, and again.
@@ -44,32 +55,68 @@ def imitate(
     Args:
         prompts: columns task, prompt, solution; the solutions are not used.
         rounds: times that it answers; prompts_per_round, group: prompts and answers to each in a round.
-        steps: optimiser steps per round; batch: answers in each.
-        part, lr, temperature, seed, progress: as in `teach` and `reinforce`.
+        steps: optimiser steps per round; batch: answers in each. A round without a right answer has none.
+        part, lr, temperature, seed, checkpoint, every_seconds, progress: as in `reinforce`.
 
     Returns:
         One row per round: step (from 1), reward (share of right answers), right (different right answers), loss (nats
-        per answer, last step), tokens (generated in all, so far).
+        per answer; NaN without a right one), grad_norm, tokens (generated in all, so far).
 
     Raises:
-        BenchError: no right answer in a round.
+        NothingToLearn: no right answer in any round; the model is as it was.
+        BenchError: settings out of range, prompts too long, or a loss not finite.
     """
+    if min(rounds, prompts_per_round, steps, batch) < 1 or lr <= 0:
+        raise BenchError(
+            f"rounds={rounds}, prompts_per_round={prompts_per_round}, steps={steps} and batch={batch} must be at least "
+            f"1, lr={lr} above 0."
+        )
+    device = next(model.parameters()).device
     order = shuffled(torch.arange(len(prompts)), prompts_per_round, seed)
-    rows, tokens = [], 0
-    for number in range(rounds):
-        asked = prompts.iloc[order(number).tolist()].reset_index(drop=True)
-        drawn = answers(model, tokenizer, asked, group, temperature, seed_of(seed, number))
-        tokens += int(drawn["tokens"].sum())
-        good = drawn[drawn["right"]]
-        if not len(good):
-            raise BenchError("Not one right answer to learn from: warm up longer or take a smaller size.")
-        taught = asked.iloc[good["prompt"]].assign(solution=good["completion"].to_numpy())
-        history = teach(
-            model, tokenizer, taught, steps=steps, batch=batch, part=part, lr=lr, schedule="constant",
-            seed=seed_of(seed, number),
+    data = [torch.tensor([token for row in encoded(model, tokenizer, prompts)[0] for token in [*row, -1]])]
+    plan = {"imitate": group, "prompts": prompts_per_round, "batch": batch, "T": temperature}
+    model.eval()  # no dropout: threads must not draw random numbers
+    with only(model, part), threads(shards := default_shards(device)) as each, probabilities():
+        told = Rounds(
+            model, rounds=rounds, updates=steps, lr=lr, seed=seed, plan=plan, data=data, columns=_COLUMNS,
+            checkpoint=checkpoint, every_seconds=every_seconds, progress=progress,
         )  # fmt: skip
-        different = len(taught.drop_duplicates(["prompt", "solution"]))
-        rows.append((number + 1, drawn["right"].mean(), different, history["loss"].iloc[-1], tokens))
-        if progress is not None:
-            progress(number + 1, rounds, f"reward {drawn['right'].mean():.3f}")
-    return pd.DataFrame(rows, columns=["step", "reward", "right", "loss", "tokens"])
+        params = [param for param in model.parameters() if param.requires_grad]
+        engine = Local(
+            lambda rows: _nats(model, rows), params, model, [told.optimizer], clip=1.0, accumulate=1, shards=shards,
+            each=each,
+        )  # fmt: skip
+        for number in range(told.done, rounds):
+            asked = prompts.iloc[order(number).tolist()].reset_index(drop=True)
+            drawn = answers(model, tokenizer, asked, group, temperature, seed_of(seed, number))
+            good = drawn[drawn["right"]]
+            taught = asked.iloc[good["prompt"]].assign(solution=good["completion"].to_numpy())
+            before = told.rows["tokens"][-1] if told.rows["tokens"] else 0.0
+            seen = {
+                "reward": float(drawn["right"].mean()),
+                "right": float(len(taught.drop_duplicates(["prompt", "solution"]))),
+                "tokens": before + float(drawn["tokens"].sum()),
+            }
+            rows = packed(model, tokenizer, taught) if len(taught) else None
+            at = None if rows is None else shuffled(rows, batch, seed_of(seed, number), device)
+            for step in range(steps):
+                if at is not None:
+                    loss, norm = engine.step(at(step))
+                    seen |= {"loss": float(loss), "grad_norm": float(norm)}
+                else:
+                    told.optimizer.step()  # without gradients it does nothing, and the learning rate goes on
+                told.scheduler.step()
+                told.add(seen)
+                seen = {}
+            engine.finish()
+    if not any(told.rows["right"]):
+        raise NothingToLearn(
+            "Not one right answer to learn from: warm up longer or take a smaller size.", int(told.rows["tokens"][-1])
+        )
+    return told.table()
+
+
+def _nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Nats per answer, its end included; rows as of `warm.packed`."""
+    logits = model(input_ids=rows[:, 0, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1, 1:].flatten(), reduction="sum") / len(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from math import isfinite
 from typing import TYPE_CHECKING
@@ -10,24 +9,13 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from tinyonn_lib.align.answers import answers
+from tinyonn_lib.align.methods import METHODS
 from tinyonn_lib.evaluate.losses import MIN_GROUPS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NAMES = {
-    "warm": "the warm model",
-    "grpo": "GRPO",
-    "rejection": "imitating its own right answers",
-    "dpo": "DPO",
-    "gold": "more solutions",
-    "cooler": "the warm model at half the temperature, no training",
-}
-
-
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same weights, to train while the first stays as it is."""
-    return copy.deepcopy(model)
+_COOLER = "the warm model at half the temperature, no training"
 
 
 def examples(
@@ -62,24 +50,33 @@ def distilled(table: pd.DataFrame) -> str:
 
 
 def story(lifts: pd.DataFrame) -> str:
-    """Whether GSPO helped, and whether its controls did as well; `lifts` is the second table of `contest.contest`."""
+    """Whether GSPO helped, and whether its controls did as well; `lifts` is that of `contest.Contest`.
+
+    What trainings did, not what the method does: of a single one no interval tells how another would turn out.
+    """
     rows = lifts.set_index(["method", "against", "how"])
-    said = []
+    seeds, note = rows.loc[("gspo", "warm", "sampled"), ["seeds", "note"]]
+    said, controls = [], []
     for how in ("sampled", "greedy"):
         row = rows.loc[("gspo", "warm", how)]
-        verb = {"better": "lifts", "worse": "**lowers**"}.get(row["standing"], "does not clearly change")
+        verb = {"better": "lifted", "worse": "**lowered**"}.get(row["standing"], "did not clearly change")
         said.append(
             f"GSPO {verb} the share of right answers ({how}) on {int(row['prompts'])} held-out prompts: "
             f"**{row['base']:.1%} → {row['tuned']:.1%}** ({_gap(row)})."
         )
+    said += [f"Of its trainings: {note}."] if note else []
     for method in [name for name in lifts["method"].unique() if name != "gspo"]:
         own, gap = rows.loc[(method, "warm", "sampled")], rows.loc[("gspo", method, "sampled")]
-        standing = {"better": "GSPO is better", "worse": "**GSPO is worse**"}.get(
+        standing = {"better": "GSPO was better", "worse": "**GSPO was worse**"}.get(
             gap["standing"], "no clear difference"
         )
-        name = _NAMES[method][0].upper() + _NAMES[method][1:]
-        said.append(f"{name}: {own['tuned']:.1%}; {standing} ({_gap(gap)}).")
-    return "\n\n".join([" ".join(said[:2]), " ".join(said[2:])])
+        name = METHODS[method].name if method in METHODS else _COOLER
+        noted = f" ({own['note']})" if own["note"] else ""
+        controls.append(f"{name[0].upper()}{name[1:]}: {own['tuned']:.1%}{noted}; {standing} ({_gap(gap)}).")
+    scope = f"Intervals are over prompts and the {seeds} seeds."
+    if seeds == 1:
+        scope = "One training each: intervals are over prompts alone and do not tell how another seed would turn out."
+    return "\n\n".join([" ".join(said), " ".join(controls), scope])
 
 
 def metrics(lifts: pd.DataFrame, counts: pd.DataFrame, taught: pd.DataFrame) -> dict[str, float]:

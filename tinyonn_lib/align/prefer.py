@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from tinyonn_lib.align.answers import encoded
-from tinyonn_lib.align.borrow import Rounds, borrowed, run
+from tinyonn_lib.align.borrow import NothingToLearn, Rounds, borrowed, run
 from tinyonn_lib.align.parts import Part, only
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.samples import shuffled
@@ -42,7 +42,7 @@ def pairs(prompts: pd.DataFrame, samples: pd.DataFrame, most: int = 4) -> pd.Dat
         task, prompt, solution, chosen, rejected.
 
     Raises:
-        BenchError: no prompt has both.
+        NothingToLearn: no prompt has both.
     """
     rows = []
     told = samples[samples["completion"].notna()].drop_duplicates(["prompt", "completion"])
@@ -53,7 +53,7 @@ def pairs(prompts: pd.DataFrame, samples: pd.DataFrame, most: int = 4) -> pd.Dat
         # There is often one right text only, and many wrong ones.
         rows += [(task, prompt, solution, good[k % len(good)], bad[k]) for k in range(count)]
     if not rows:
-        raise BenchError(
+        raise NothingToLearn(
             "No prompt has both a right and a wrong answer: sample more answers, or filter the prompts first."
         )
     return pd.DataFrame(rows, columns=["task", "prompt", "solution", "chosen", "rejected"])
@@ -90,6 +90,7 @@ def prefer(
         chosen, rejected (log-probability of the answers), grad_norm.
 
     Raises:
+        NothingToLearn: every answer merges with the last token of its prompt.
         BenchError: settings out of range, prompts too long, trl missing, or a loss not finite.
     """
     if min(steps, batch) < 1 or lr <= 0 or beta <= 0:
@@ -138,5 +139,5 @@ def _unmerged(
             kept.append(row)
             longest = max(longest, *map(len, both))
     if not kept:
-        raise BenchError("No pair is left: every answer merges with the last token of its prompt.")
+        raise NothingToLearn("No pair is left: every answer merges with the last token of its prompt.")
     return chosen.iloc[kept].reset_index(drop=True), longest

@@ -56,11 +56,12 @@ def rates(found: pd.DataFrame) -> pd.DataFrame:
 def lift(
     tuned: Sequence[pd.DataFrame] | pd.DataFrame, base: Sequence[pd.DataFrame] | pd.DataFrame, seed: int = 0
 ) -> pd.DataFrame:
-    """How much more often the tuned model is right, with a paired bootstrap over the prompts.
+    """How much more often the tuned model is right, with a paired bootstrap over the prompts and the seeds.
 
     Args:
-        tuned: of `success`; several seeds of one method are averaged per prompt.
-        base: of `success` on the same prompts.
+        tuned: of `success`; several are the seeds of one method, averaged, and drawn like the prompts. A single one
+            cannot tell how much another training would differ: the interval is then over prompts alone.
+        base: of `success` on the same prompts; as many as of `tuned`, whose seeds are drawn together, or a single one.
         seed: of the bootstrap.
 
     Returns:
@@ -79,11 +80,11 @@ def lift(
     rows = []
     for task in first["task"].unique():
         chosen = (first["task"] == task).to_numpy()
-        one = np.ones(int(chosen.sum()), np.int64)
+        asked, one = first.loc[chosen, "prompt"], np.ones(int(chosen.sum()), np.int64)
         for how in HOW:
             # As failures, because `paired` compares losses: fewer is better.
             failed = [[Loss(1.0 - found.loc[chosen, how].to_numpy(), one) for found in side] for side in (ours, theirs)]
-            gap = paired(failed[0], failed[1], first.loc[chosen, "prompt"].tolist(), seed=seed)
+            gap = paired(failed[0], failed[1], asked.tolist(), seed=seed, over_seeds=True)
             before, after = (1.0 - float(np.mean([item.mean for item in side])) for side in reversed(failed))
             rows.append({"task": task, "how": how, "base": before, "tuned": after, "difference": -gap.mean,
                          "low": -gap.high, "high": -gap.low, "prompts": gap.groups,

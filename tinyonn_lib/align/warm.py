@@ -37,6 +37,7 @@ def teach(
     schedule: Schedule = "trapezoidal",
     seed: int = 0,
     checkpoint: Path | None = None,
+    every_seconds: float = 10.0,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Train a model in place on prompts and solutions; only the solutions and their end count in the loss.
@@ -47,7 +48,7 @@ def teach(
         batch: pairs per step.
         part: what is trained, see `parts.Part`.
         lr: peak rate of AdamW on embeddings, head and norms; Muon on the matrices of the layers takes five times it.
-        schedule, checkpoint, progress: see `lm.train.fit`.
+        schedule, checkpoint, every_seconds, progress: see `lm.train.fit`.
         seed: order of the pairs.
 
     Returns:
@@ -77,7 +78,7 @@ def teach(
             return fit(
                 model, loss, shuffled(rows, batch, seed, device), optimizers(model, plan, shards), steps=steps,
                 schedule=schedule, warmup_steps=min(10, steps // 4), shards=shards,
-                checkpoint=checkpoint, progress=progress, tag=f"teach {seed} {batch}",
+                checkpoint=checkpoint, every_seconds=every_seconds, progress=progress, tag=f"teach {seed} {batch}",
             )  # fmt: skip
     finally:
         model.eval()

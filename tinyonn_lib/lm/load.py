@@ -39,7 +39,7 @@ def load_model(path_or_id: str, dtype: Dtype = "float32", device: str = "auto") 
     if dtype not in get_args(Dtype):
         raise BenchError(f"Unknown dtype '{dtype}': choose one of {', '.join(get_args(Dtype))}.")
     place = pick_device(device)
-    where, options = _origin(path_or_id)
+    where, options = _origin(path_or_id, "config.json")
     if dtype == "nf4":
         options |= _nf4_options(place)
     else:
@@ -69,12 +69,14 @@ def load_model(path_or_id: str, dtype: Dtype = "float32", device: str = "auto") 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id, no remote code.
 
+    A folder need not hold a model: tokenizer.json alone will do.
+
     Raises:
         BenchError: nothing there, no tokenizer in it, or the hub unreachable.
     """
     from transformers import AutoTokenizer
 
-    where, options = _origin(path_or_id)
+    where, options = _origin(path_or_id, "config.json", "tokenizer.json")
     # Without any file transformers quietly makes an empty tokenizer of the model's kind.
     if Path(where).is_dir() and not any(any(Path(where).glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise BenchError(
@@ -115,15 +117,16 @@ def pick_device(device: str) -> torch.device:
     return place
 
 
-def _origin(path_or_id: str) -> tuple[str, dict[str, Any]]:
-    """What to hand to from_pretrained: a checked folder, or a hub id that is cached or reachable."""
+def _origin(path_or_id: str, *files: str) -> tuple[str, dict[str, Any]]:
+    """What to hand to from_pretrained: a folder with one of these files, or a hub id that is cached or reachable."""
     path = hub.local_path(path_or_id, "model")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if path is not None:
         if not path.is_dir():
-            raise BenchError(f"{path_or_id} is a file: give the model's folder (with config.json in it).")
-        if not (path / "config.json").exists():
-            raise BenchError(f"The folder {path_or_id} holds no config.json: it is not a Hugging Face model folder.")
+            raise BenchError(f"{path_or_id} is a file: give the folder that holds it ({' or '.join(files)}).")
+        if not any((path / name).exists() for name in files):
+            known = " and no ".join(files)
+            raise BenchError(f"The folder {path_or_id} holds no {known}: it is not a Hugging Face model folder.")
         return str(path), options
     from huggingface_hub import try_to_load_from_cache
 

@@ -77,14 +77,14 @@ def rewards(history: pd.DataFrame, *, smooth: int = 5) -> go.Figure:
 def lifts(table: pd.DataFrame, *, thumbnail: bool = False) -> go.Figure:
     """Success on held-out prompts over the warm model, per method, with intervals; greedy and sampled.
 
-    `table` is the second of `contest.contest`: method, against, task, how, base, tuned, difference, low, high.
+    `table` is `lifts` of `contest.Contest`: method, against, note, task, how, base, tuned, difference, low, high.
     """
     rows = table[table["against"] == "warm"]
     several = rows["task"].nunique() > 1
     figure = go.Figure()
     for how, colour in (("greedy", QUIET), ("sampled", ACCENT)):
         part = rows[rows["how"] == how]
-        names = part["method"] + (", " + part["task"] if several else "")
+        names = part["method"] + (", " + part["task"] if several else "") + _noted(part["note"])
         figure.add_scatter(
             y=[html.escape(name) for name in names],
             x=part["difference"],
@@ -102,6 +102,12 @@ def lifts(table: pd.DataFrame, *, thumbnail: bool = False) -> go.Figure:
     figure.update_xaxes(title="share of right answers more than before (right of 0: better)", tickformat="+.0%")
     figure.update_yaxes(autorange="reversed")
     said = ", ".join(
-        f"{row.method} {row.how} {row.base:.1%} to {row.tuned:.1%}" for row in rows.itertuples() if row.how == "sampled"
+        f"{row.method}{note} {row.how} {row.base:.1%} to {row.tuned:.1%}"
+        for row, note in zip(rows.itertuples(), _noted(rows["note"]), strict=True)
+        if row.how == "sampled"
     )
     return describe(figure, f"Right answers on held-out prompts: {said}.", table, thumbnail=thumbnail)
+
+
+def _noted(notes: pd.Series) -> pd.Series:
+    return notes.map(lambda note: f" ({note})" if note else "")

@@ -99,11 +99,12 @@ def tokenizers(table: pd.DataFrame) -> go.Figure:
             cliponaxis=False,
         )
     )
-    figure.update_layout(title="Tokenizers side by side", height=360)
+    figure.update_layout(title="Tokenizers side by side" + (", trained for equal time" if trained else ""), height=360)
     figure.update_xaxes(title="share of all parameters that the embedding takes", tickformat=".0%", range=[0, 1])
     figure.update_yaxes(title="bytes per token, held-out", rangemode="tozero")
     said = ", ".join(
         f"{row.tokenizer} {row.bytes_per_token:.2f} bytes per token at {row.embedding_share:.0%} of the parameters"
+        + (f" and {row.bits_per_byte:.3f} bits per byte" if trained and row.bits_per_byte > 0 else "")
         for row in means.itertuples()
     )
     return describe(figure, f"Tokenizers: {said}.", table)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyonn_lib.errors import BenchError
-from tinyonn_lib.pretrain.architectures import counts, matched, new
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,16 +101,3 @@ def attached(model: PreTrainedModel, latent: Latent) -> Iterator[None]:
             hook.remove()
         del decoder.latent
         model._keys_to_ignore_on_save = ignored
-
-
-def plain_ffn(rank: int, **sizes: Any) -> int:
-    """The `ffn` with which a plain Qwen3 has as many parameters as one of `sizes` with a `Latent` of this rank.
-
-    Args:
-        rank: r of the latent.
-        sizes: as in `architectures.new`, with `ffn`.
-    """
-    with torch.device("meta"):
-        total = counts(new("qwen3", **sizes))["total"]
-    total += rank * (sizes["vocab_size"] + sizes["width"])
-    return matched("qwen3", total, **{name: value for name, value in sizes.items() if name != "ffn"})

@@ -226,8 +226,8 @@ def draft_acceptance(model: PreTrainedModel, head: MTPHead, ids: Tensor, positio
         raise BenchError("No position with two tokens of one document: give longer texts.")
     with torch.inference_mode():
         for place in range(0, len(ids), step):
-            rows = ids[place : place + step]
-            own = None if positions is None else positions[place : place + step]
+            rows = ids[place : place + step].to(model.device)
+            own = None if positions is None else positions[place : place + step].to(model.device)
             parts = cast("Any", model)
             hidden = parts.model(input_ids=rows, position_ids=own, use_cache=False).last_hidden_state
             said = parts.lm_head(hidden[:, 1:]).argmax(-1)

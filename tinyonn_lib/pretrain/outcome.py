@@ -32,6 +32,14 @@ def spike_note(history: pd.DataFrame, clip: float | None) -> str:
     )
 
 
+def draft_note(draft_acceptance: float) -> str:
+    """What `mtp.draft_acceptance` found."""
+    return (
+        f"The extra head drafts the token after the next: **{draft_acceptance:.1%}** of its guesses on held-out text "
+        "are the model's own next choice (DeepSeek-V3 reports 85 to 90 %)."
+    )
+
+
 def contest_story(table: pd.DataFrame) -> str:
     """Who won the contest of recipes at equal time, and who lost clearly."""
     at_time = table[table["budget"] == "time"].set_index("recipe")

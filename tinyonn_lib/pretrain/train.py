@@ -19,6 +19,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm.load import context_length, pick_device
 from tinyonn_lib.lm.threads import default_shards
 from tinyonn_lib.lm.train import fit
 from tinyonn_lib.pretrain.forward import quick
@@ -143,8 +144,6 @@ def pretrain_each(
     Returns:
         The histories below each other, with a column `model`.
     """
-    from tinyonn_lib.lm.load import pick_device
-
     place, histories = pick_device(device), []
     for name, (model, tokens) in models.items():
         model.to(place)  # type: ignore[arg-type]
@@ -165,8 +164,9 @@ def _check(blocks: Tensor, model: PreTrainedModel, tokens: int, seconds: float |
         raise BenchError(
             f"A block holds token {int(blocks.max())}, the model has {config.vocab_size}: other tokenizer?"
         )
-    if blocks.shape[1] > config.max_position_embeddings:
-        raise BenchError(f"Blocks of {blocks.shape[1]} tokens exceed the model's {config.max_position_embeddings}.")
+    limit = context_length(model)
+    if limit is not None and blocks.shape[1] > limit:
+        raise BenchError(f"Blocks of {blocks.shape[1]} tokens exceed the model's {limit}.")
 
 
 def _planned(trial: Callable[[int], object], seconds: float, per_step: int, plan: Path | None, what: str) -> int:

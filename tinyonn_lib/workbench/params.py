@@ -53,16 +53,16 @@ def validate(phase: Phase, values: Mapping[str, Any]) -> Params:
         return phase.schema.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # a rule about several keys says all by itself
-            raise BenchError(f"{phase.name}: {first['msg'].removeprefix('Value error, ')}.") from None
+            raise BenchError(f"{phase.name}: {said}.") from None
         key = str(first["loc"][0])
         if first["type"] == "missing":
             raise BenchError(f"{phase.name} needs the parameter '{key}'; params/{phase.name}.yaml has it.") from None
         meaning = comments(phase).get(key, "")
         shown = "…" if key.endswith("url") else repr(first["input"])  # a URL may hold a password
-        raise BenchError(
-            f"{phase.name}.{key} = {shown}: {first['msg']}." + (f" ({key}: {meaning})" if meaning else "")
-        ) from None
+        more = f" ({key}: {meaning})" if meaning else ""
+        raise BenchError(f"{phase.name}.{key} = {shown}: {said}.{more}") from None
 
 
 def changed(phase: Phase, values: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -46,17 +46,17 @@ class Pretrain(Params):
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)]
     tokenizers: Annotated[str, BeforeValidator(str)]
     architecture: Literal["qwen3", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gemma3n"]
-    width: Annotated[int, Field(ge=16, multiple_of=2)]
-    layers: Count
-    heads: Count
+    width: Annotated[int, Field(ge=16, le=2**20, multiple_of=2)]
+    layers: Annotated[int, Field(ge=1, le=10_000)]
+    heads: Annotated[int, Field(ge=1, le=2**16)]
     kv_heads: Count
-    head_dim: Annotated[int, Field(ge=8, multiple_of=2)]
-    ffn: Annotated[int, Field(ge=16)]
-    experts: Annotated[int, Field(ge=2)]
+    head_dim: Annotated[int, Field(ge=8, le=2**16, multiple_of=2)]
+    ffn: Annotated[int, Field(ge=16, le=2**20)]
+    experts: Annotated[int, Field(ge=2, le=2**16)]
     active: Count
-    student_width: Annotated[int, Field(ge=16, multiple_of=2)]
-    student_layers: Count
-    student_ffn: Annotated[int, Field(ge=16)]
+    student_width: Annotated[int, Field(ge=16, le=2**20, multiple_of=2)]
+    student_layers: Annotated[int, Field(ge=1, le=10_000)]
+    student_ffn: Annotated[int, Field(ge=16, le=2**20)]
     tokens: Count
     student_tokens: Count
     seconds: NotNegative
