@@ -20,6 +20,7 @@ from tinyonn_lib.lm import judge, texts
 from tinyonn_lib.lm.threads import default_shards, threads
 from tinyonn_lib.pretrain.layout import Rows
 from tinyonn_lib.pretrain.recipe import Recipe
+from tinyonn_lib.pretrain.turns import in_turns
 from tinyonn_lib.progress import Progress
 
 if TYPE_CHECKING:
@@ -131,22 +132,24 @@ def kl_from(student: PreTrainedModel, teacher: PreTrainedModel, blocks: Tensor, 
 def _costs(
     student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, ways: Mapping[str, Way], recipe: Recipe, file: Path
 ) -> dict[str, float]:
-    """Seconds per token of each way, the first one's as 1; measured once, remembered in `file`.
-
-    The least of several rounds, in turns: whoever else uses the machine only ever makes it slower.
-    """
+    """Seconds per token of each way, the first one's as 1; measured once in turns, remembered in `file`."""
     key = repr((list(ways.items()), recipe, student.num_parameters(), teacher.num_parameters(), rows.ids.shape[1]))
     if file.exists() and (known := json.loads(file.read_text("utf-8")))["key"] == key:
         return {name: float(value) for name, value in known["costs"].items()}
-    least = dict.fromkeys(ways, math.inf)
-    for _ in range(4):
-        for name, way in ways.items():
+    budget = 4 * recipe.batch * int(rows.ids.shape[1])
+
+    def look(way: Way) -> Callable[[], float]:
+        def taught() -> float:
             timing: dict[str, float] = {}
-            budget = 4 * recipe.batch * int(rows.ids.shape[1])
             distil(copy.deepcopy(student), teacher, rows, way, recipe, tokens=budget, timing=timing)
-            least[name] = min(least[name], 1 / timing["tokens_per_second"])
-    first = next(iter(least.values()))
-    costs = {name: value / first for name, value in least.items()}
+            return timing["seconds"]
+
+        taught()
+        return taught
+
+    took = in_turns({name: look(way) for name, way in ways.items()}, rounds=7)
+    first = next(iter(took.values()))
+    costs = {name: value / first for name, value in took.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps({"key": key, "costs": costs}), "utf-8")

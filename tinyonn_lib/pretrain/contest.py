@@ -29,6 +29,7 @@ from tinyonn_lib.pretrain.lineup import DEFAULT, Entry, replace_rates
 from tinyonn_lib.pretrain.mtp import MTPHead
 from tinyonn_lib.pretrain.recipe import Recipe
 from tinyonn_lib.pretrain.train import pretrain
+from tinyonn_lib.pretrain.turns import in_turns
 from tinyonn_lib.progress import Progress
 
 if TYPE_CHECKING:
@@ -134,37 +135,19 @@ class Contest:
         return Contender(model, head, latent)
 
     def measure_speeds(self, lineup: Mapping[str, Entry], rounds: int = 15) -> None:
-        """Seconds per token of everything that the entries compute.
-
-        All take turns, and the median counts of what each takes for what the first takes in the same turn: a machine
-        that others use, too, is slower for a while, and then for all of them.
-        """
+        """Seconds per token of everything that the entries compute, see `turns.in_turns`."""
         path = self.folder / "speeds.json"
         found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
         needed = {entry.computation: entry for entry in lineup.values()}
-        first = next(iter(lineup.values()))
-        if missing := {name: entry for name, entry in needed.items() if name not in found}:
-            # The first takes part again when an entry is added later.
-            turns = {first.computation: first, **missing}
-            seconds: dict[str, list[float]] = {name: [] for name in turns}
-            ready = {name: self.build(entry, 0) for name, entry in turns.items()}
-            told = self._progress("speeds", "rounds") if self._progress else None
-            for turn in range(rounds + 1):
-                for name, entry in turns.items():
-                    rows = self._laid(entry, 0)
-                    timing: dict[str, float] = {}
-                    step = entry.recipe.batch * self.length
-                    # Without a ramp, whose small batches cost a few per cent more per token and are over soon.
-                    recipe = replace(entry.recipe, ramp=0.0)
-                    ready[name].train(rows, recipe, tokens=_SPEED_STEPS * step, timing=timing)
-                    if turn:  # the first allocates and warms caches
-                        seconds[name].append(timing["seconds"] / (_SPEED_STEPS * step))
-                if told is not None:
-                    told(turn, rounds, "")
-            ours = seconds[first.computation]
-            unit = found.get(first.computation, min(ours))
-            for name in missing:
-                found[name] = unit * statistics.median(one / two for one, two in zip(seconds[name], ours, strict=True))
+        first = next(iter(lineup.values())).computation
+        if missing := needed.keys() - found.keys():
+            # The first takes part again when an entry is added later, so that ratios stay right.
+            arms = {name: self._look(entry) for name, entry in needed.items() if name in {first, *missing}}
+            for arm in arms.values():
+                arm()
+            took = in_turns(arms, rounds, self._progress("speeds", "rounds") if self._progress else None)
+            unit = found.get(first, took[first]) / took[first]
+            found |= {name: unit * took[name] for name in missing}
             _write(path, found)
         self.speeds = found
 
@@ -236,6 +219,19 @@ class Contest:
         mine, theirs = (np.einsum("df,sf,ds->d", drawn, side, seeds) for side in sums)
         low, high = np.quantile(1 - mine / theirs, [0.025, 0.975]) if files >= MIN_GROUPS else (math.nan, math.nan)
         return Difference(float(1 - sums[0].sum() / sums[1].sum()), float(low), float(high), files)
+
+    def _look(self, entry: Entry) -> Callable[[], float]:
+        """A short training whenever it is called: seconds per token."""
+        contender, tokens = self.build(entry, 0), _SPEED_STEPS * entry.recipe.batch * self.length
+        # Without a ramp, whose small batches cost a few per cent more per token and are over soon.
+        recipe = replace(entry.recipe, ramp=0.0)
+
+        def look() -> float:
+            timing: dict[str, float] = {}
+            contender.train(self._laid(entry, 0), recipe, tokens=tokens, timing=timing)
+            return timing["seconds"] / tokens
+
+        return look
 
     def _laid(self, entry: Entry, seed: int) -> Rows:
         key = (entry.recipe.layout, seed)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
 from tinyonn_lib.lm.tokenizer import END
+from tinyonn_lib.pretrain.turns import in_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,22 +57,19 @@ class Trial:
 
 
 def speeds(trials: Sequence[Trial], step_tokens: int, rounds: int) -> dict[str, float]:
-    """Tokens per second of each, medians over rounds that go through all of them.
+    """Tokens per second of each, see `turns.in_turns`.
 
     Args:
         step_tokens: of one optimiser step.
         rounds: after a first one that does not count.
     """
-    steps: dict[str, int] = {}
-    for trial in trials:
-        _, first = trial.run(step_tokens, 0)
-        steps[trial.name] = max(1, min(_LOOK_STEPS, round(_LOOK_SECONDS / max(first, 1e-9))))
-    looks: dict[str, list[float]] = {trial.name: [] for trial in trials}
-    for _ in range(rounds):
-        for trial in trials:
-            tokens = steps[trial.name] * step_tokens
-            looks[trial.name].append(tokens / max(trial.run(tokens, 0)[1], 1e-9))
-    return {name: median(found) for name, found in looks.items()}
+
+    def look(trial: Trial) -> Callable[[], float]:
+        first = trial.run(step_tokens, 0)[1]
+        tokens = step_tokens * max(1, min(_LOOK_STEPS, round(_LOOK_SECONDS / max(first, 1e-9))))
+        return lambda: max(trial.run(tokens, 0)[1], 1e-9) / tokens
+
+    return {name: 1 / took for name, took in in_turns({each.name: look(each) for each in trials}, rounds).items()}
 
 
 def fresh(build: Build, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
