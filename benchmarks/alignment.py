@@ -19,7 +19,7 @@ from harness import Bar, Row, main
 
 from tinyonn_lib.align import answers, contest, distil_compare, filtering, tasks, warm
 from tinyonn_lib.lm import load, samples
-from tinyonn_lib.pretrain.recipe import RECIPES
+from tinyonn_lib.pretrain.recipe import Recipe
 from tinyonn_lib.progress import Progress
 from tinyonn_lib.workbench import params
 from tinyonn_lib.workbench.phases import PHASES
@@ -62,7 +62,7 @@ def _taught(p: Any, table: pd.DataFrame, model: Any, student: Any, tok: Any, see
     held = table[table["split"] == "heldout"]
     return distil_compare.compare(
         student, model, blocks, tok, held, tokens=p.distil_tokens, folder=folder / "distil", seeds=seeds,
-        recipe=RECIPES["packed"].faster(p.distil_rate), progress=_told,
+        recipe=Recipe().faster(p.distil_rate), progress=_told,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What is each choice in pretraining worth: optimiser, schedule, packing, MTP, experts, attention, tokenizer?
 
 Small models on the embedded corpus, bits per byte on held-out source files, at equal tokens and at equal time: speeds
-are measured first, in turns, and every recipe gets the tokens that it manages while `packed` manages its budget.
+are measured first, in turns, and every recipe gets the tokens that it manages while the default manages its budget.
 The controls choose their learning rates on other files. Besides: document 002's lessons, and tokenizers side by side.
 A run that was stopped goes on in `--folder`.
 """
@@ -19,19 +19,19 @@ from harness import Bar, Row, main
 from tinyonn_lib.lm import corpus, tokenizer
 from tinyonn_lib.pretrain import ablation
 from tinyonn_lib.pretrain.contest import Contest
-from tinyonn_lib.pretrain.lineup import BASE, DEFAULT, LINEUP, around
+from tinyonn_lib.pretrain.lineup import DEFAULT, LINEUP, around
 from tinyonn_lib.progress import Progress
 from tinyonn_lib.workbench import params
 from tinyonn_lib.workbench.phases import PHASES
 
 TUNED, PLAIN = "AdamW, tuned, cosine", "AdamW, one rate, cosine, a text a row"
-LONG = (DEFAULT, BASE, TUNED, PLAIN, "cosine", "batch ramp")
+LONG = (DEFAULT, TUNED, PLAIN, "document masks", "cosine", "batch ramp")
 SIZES = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/pretrain_recipe"), help="keeps what is done")
-    parser.add_argument("--tokens", type=int, default=300_000, help="budget of the recipe `packed` (default: 300,000)")
+    parser.add_argument("--tokens", type=int, default=300_000, help="budget of the default recipe (default: 300,000)")
     parser.add_argument("--long", type=int, default=900_000, help="that of the bars' rows (default: 900,000)")
     parser.add_argument("--seeds", type=int, default=3, help="of the main rows (default: 3)")
 
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     long = contest.again(args.folder / "long", args.long)
     for name in LONG:
         entry = LINEUP[name]
-        long.enter(name, around(entry, contest.rates[name]) if entry.rates else entry, LINEUP[BASE], ("time",))
+        long.enter(name, around(entry, contest.rates[name]) if entry.rates else entry, LINEUP[DEFAULT], ("time",))
     found = {
         "recipe": contest.table(),
         "recipe, long": long.table(),

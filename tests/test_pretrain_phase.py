@@ -28,7 +28,7 @@ def test_mtp_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         asked.update(options, spec=spec, length=bench.length)
         return known["tokenizer"]
 
-    contest = SimpleNamespace(table=lambda: known["recipe"], seconds={"packed": 0.25, "default": 9.0})
+    contest = SimpleNamespace(table=lambda: known["recipe"], seconds={"document masks": 9.0, "default": 0.25})
     monkeypatch.setattr(ablation, "recipes", lambda *args, **options: contest)
     monkeypatch.setattr(ablation, "both_lessons", lambda *args, **options: known["lesson"])
     monkeypatch.setattr(ablation, "vocabularies", vocabularies)

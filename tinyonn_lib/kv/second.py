@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,7 @@ def grow(
         vocab_size=len(tok), width=width, layers=2, heads=2, kv_heads=1, head_dim=48, ffn=3 * width, seed=seed + 1,
         max_length=2 * length, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
     )  # fmt: skip
-    plan = replace(growth.RECIPES["packed"], batch=8)
-    pretrain(blocks, model, plan, tokens=tokens, seed=seed, checkpoint=checkpoint, progress=progress)
+    pretrain(blocks, model, growth.Recipe(batch=8), tokens=tokens, seed=seed, checkpoint=checkpoint, progress=progress)
     return model, tok
 
 

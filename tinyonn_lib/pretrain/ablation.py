@@ -14,8 +14,8 @@ from tinyonn_lib.lm import judge
 from tinyonn_lib.pretrain import architectures, lessons, tokenizers
 from tinyonn_lib.pretrain.contest import Contest
 from tinyonn_lib.pretrain.layout import Rows, lay
-from tinyonn_lib.pretrain.lineup import BASE, LINEUP
-from tinyonn_lib.pretrain.recipe import RECIPES, Recipe
+from tinyonn_lib.pretrain.lineup import DEFAULT, LINEUP
+from tinyonn_lib.pretrain.recipe import Recipe
 from tinyonn_lib.pretrain.train import pretrain
 from tinyonn_lib.progress import Progress
 
@@ -64,8 +64,8 @@ def recipes(
 
     Args:
         folder: keeps what is done; after a kill the same call goes on there.
-        tokens: budget of `lineup.BASE`, whose time is the equal time; seeds: of the main entries; rounds: of measuring
-            the speeds.
+        tokens: budget of `lineup.DEFAULT`, whose time is the equal time; seeds: of the main entries.
+        rounds: of measuring the speeds.
     """
     given = {"train": texts.of("train"), "validation": texts.of("calibration"), "heldout": texts.of("heldout")}
     sources = texts.table.loc[texts.table["split"] == "heldout", "source"].tolist()
@@ -75,12 +75,12 @@ def recipes(
     )  # fmt: skip
     found.measure_speeds(LINEUP, rounds)
     for name, entry in LINEUP.items():
-        found.enter(name, entry, LINEUP[BASE])
+        found.enter(name, entry, LINEUP[DEFAULT])
     return found
 
 
 def both_lessons(texts: Texts, *, tokens: int, seeds: int = 3) -> pd.DataFrame:
-    """Batches of one row, and rows four times as long as usual, with the default recipe but for its layout of the rows.
+    """Batches of one row, and rows four times as long as usual, with the default recipe.
 
     See `lessons`; half of `tokens` is the budget of the first, a fourth that of the second.
     """
@@ -111,9 +111,9 @@ def both_lessons(texts: Texts, *, tokens: int, seeds: int = 3) -> pd.DataFrame:
 
 
 def vocabularies(texts: Texts, spec: str = VOCABULARIES, *, seconds: float, seeds: int = 3) -> pd.DataFrame:
-    """Tokenizers side by side, each with a model trained for equal time on packed rows: see `tokenizers`."""
+    """Tokenizers side by side, each with a model trained for equal time by the default recipe: see `tokenizers`."""
     split = {"train": texts.of("train"), "heldout": texts.of("heldout")}
-    own, recipe = tokenizers.candidates(split["train"], spec), RECIPES["packed"]
+    own, recipe = tokenizers.candidates(split["train"], spec), Recipe()
     found = tokenizers.by_loss(
         split, own, build=partial(architectures.new, "qwen3", **texts.sizes, max_length=texts.length),
         train=lambda model, blocks, tokens, seed: pretrain(blocks, model, recipe, tokens=tokens, seed=seed),

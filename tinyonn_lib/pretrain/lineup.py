@@ -39,30 +39,30 @@ class Entry:
         return ", ".join(said)
 
 
-_PACKED, _ADAMW = RECIPES["packed"], RECIPES["adamw"]
+_BASE, _ADAMW = RECIPES["default"], RECIPES["adamw"]
 GRID = tuple((matrix, other) for matrix in (1e-3, 3e-3, 1e-2) for other in (2e-2, 5e-2, 1e-1, 2e-1))
 SINGLE = tuple((rate, rate) for rate in (1e-3, 3e-3, 1e-2))
 
-DEFAULT, BASE = "default", "packed"
+DEFAULT = "default"
 LINEUP: dict[str, Entry] = {
     DEFAULT: Entry(headline=True),
-    BASE: Entry(_PACKED, headline=True),
+    "document masks": Entry(replace(_BASE, layout="documents"), headline=True),
     "AdamW, tuned, cosine": Entry(_ADAMW, rates=GRID, headline=True),
     "AdamW, one rate, cosine, a text a row": Entry(RECIPES["plain"], rates=SINGLE, headline=True),
     "AdamW, tuned, trapezoidal": Entry(replace(_ADAMW, schedule="trapezoidal"), rates=GRID),
-    "cosine": Entry(replace(_PACKED, schedule="cosine"), headline=True),
-    "a text a row": Entry(replace(_PACKED, layout="padded")),
-    "multi-token prediction": Entry(replace(_PACKED, mtp=0.3)),
-    "batch ramp": Entry(replace(_PACKED, ramp=0.5), headline=True),
-    "MoE (Qwen3-MoE, 2 of 8)": Entry(_PACKED, architecture="qwen3_moe"),
-    "MoE without balance loss": Entry(replace(_PACKED, balance=0.0), architecture="qwen3_moe"),
-    "Qwen2-MoE, shared expert": Entry(_PACKED, architecture="qwen2_moe"),
-    "DeepSeek-V3, MLA": Entry(_PACKED, architecture="deepseek_v3", matched=True),
-    "Gemma-3n, per-layer embeddings": Entry(_PACKED, architecture="gemma3n", matched=True),
-    "latent embeddings, rotated over depth": Entry(_PACKED, matched=True, latent="rotated"),
-    "latent embeddings, a table per layer": Entry(_PACKED, matched=True, latent="apart"),
+    "cosine": Entry(replace(_BASE, schedule="cosine"), headline=True),
+    "a text a row": Entry(replace(_BASE, layout="padded")),
+    "multi-token prediction": Entry(replace(_BASE, mtp=0.3)),
+    "batch ramp": Entry(replace(_BASE, ramp=0.5), headline=True),
+    "MoE (Qwen3-MoE, 2 of 8)": Entry(architecture="qwen3_moe"),
+    "MoE without balance loss": Entry(replace(_BASE, balance=0.0), architecture="qwen3_moe"),
+    "Qwen2-MoE, shared expert": Entry(architecture="qwen2_moe"),
+    "DeepSeek-V3, MLA": Entry(architecture="deepseek_v3", matched=True),
+    "Gemma-3n, per-layer embeddings": Entry(architecture="gemma3n", matched=True),
+    "latent embeddings, rotated over depth": Entry(matched=True, latent="rotated"),
+    "latent embeddings, a table per layer": Entry(matched=True, latent="apart"),
 }
-"""The default, the same without document masks (`BASE`), and one choice changed in that at a time."""
+"""The default, and one choice of it changed at a time; AdamW with rates of its own."""
 
 
 def replace_rates(entry: Entry, rates: Rates) -> Entry:
