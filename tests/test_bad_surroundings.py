@@ -45,13 +45,13 @@ def test_a_second_process_on_the_same_run_is_told_and_harms_nothing(home: Path) 
         env=tiny.environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not (home / "runs/first/scan/notebook.ipynb").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         done = call(home, "all", "run=first")
         assert first.poll() is None, "too late to disturb it"
         one_line(done, "Another tinyonn is working on run 'first'", "run=NAME")
-        assert first.communicate(timeout=120)[1] == ""
+        assert first.communicate(timeout=600)[1] == ""
         assert first.returncode == 0
     finally:
         first.kill()

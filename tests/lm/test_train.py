@@ -147,15 +147,14 @@ def test_sigkill_and_resume_is_bit_identical(tmp_path: Path) -> None:
                                 stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
 
     child, whole = run("a.pt", 1), run("b.pt", 0)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "a.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "a.pt").exists() and child.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert (tmp_path / "a.pt").exists()
     resumed = run("a.pt", 0)
-    answers = [process.communicate(timeout=60)[0] for process in (resumed, whole)]
+    answers = [process.communicate(timeout=600)[0] for process in (resumed, whole)]
     assert answers[0] == answers[1] != ""
 
 
