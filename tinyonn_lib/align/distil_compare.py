@@ -147,7 +147,7 @@ def _costs(
         taught()
         return taught
 
-    took = in_turns({name: look(way) for name, way in ways.items()}, rounds=7)
+    took = in_turns({name: look(way) for name, way in ways.items()}, rounds=4)
     first = next(iter(took.values()))
     costs = {name: value / first for name, value in took.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
