@@ -131,7 +131,7 @@ def test_the_selector_is_routers_alone(home: Path) -> None:
         assert {f"auroc_{score}_{over}" for score in ("contrastive_before", "contrastive", "perplexity")} < set(aurocs)
     assert all(0 <= value <= 1 for value in aurocs.values())
     for score in ("centred", "log_mass", "contrastive"):
-        assert found[f"gauge_{score}"] > 0.999  # rounding may swap neighbours
+        assert found[f"gauge_{score}"] > 0.999  # the experts' sigmoid gates notice a little
     assert found["gauge_literal"] < 0.99
     for name in ("epoch_1", "epoch_2", "seed_1/epoch_1", "seed_1/epoch_2"):
         assert {file.name for file in (folder / name).iterdir()} == {"routers.safetensors", "selector.json"}

@@ -32,7 +32,7 @@ def overrides(texts: Path) -> list[str]:
     values = {
         "pretrain": f"texts={texts} calibration=0.2 heldout=0.1 vocab_size=320 width=32 layers=2 heads=2 kv_heads=1 "
         "head_dim=16 ffn=64 student_width=16 student_layers=1 student_ffn=32 tokens=24000 student_tokens=6000 "
-        "batch=8 length=32 ngram_order=3 tokenizers=300",
+        "batch=8 length=32 layout=documents ngram_order=3 tokenizers=300",
         "scan": "tokens=1500 length=48 flush_seconds=0.2",
         "cluster": "clusters=3 neighbours=8 tokens=1500 length=48",
         "experts": "experts=4 eval_tokens=1000 other_tokens=300 tokens=600 length=48 seeds=2 pool=6 pool_size=8 "

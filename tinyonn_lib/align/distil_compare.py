@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from tinyonn_lib.align.distil import Way, distil, teacher_nats
 from tinyonn_lib.evaluate.losses import Loss, paired
-from tinyonn_lib.lm import judge, texts
+from tinyonn_lib.lm import judge, resume, texts
 from tinyonn_lib.lm.threads import default_shards, threads
 from tinyonn_lib.pretrain.layout import Rows
 from tinyonn_lib.pretrain.recipe import Recipe
@@ -134,7 +133,7 @@ def _costs(
 ) -> dict[str, float]:
     """Seconds per token of each way, the first one's as 1; measured once in turns, remembered in `file`."""
     key = repr((list(ways.items()), recipe, student.num_parameters(), teacher.num_parameters(), rows.ids.shape[1]))
-    if file.exists() and (known := json.loads(file.read_text("utf-8")))["key"] == key:
+    if (known := resume.read_json(file)) and known["key"] == key:
         return {name: float(value) for name, value in known["costs"].items()}
     budget = 4 * recipe.batch * int(rows.ids.shape[1])
 
@@ -150,8 +149,5 @@ def _costs(
     took = in_turns({name: look(way) for name, way in ways.items()}, rounds=4)
     first = next(iter(took.values()))
     costs = {name: value / first for name, value in took.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps({"key": key, "costs": costs}), "utf-8")
-    temporary.replace(file)
+    resume.write_json(file, {"key": key, "costs": costs})
     return costs

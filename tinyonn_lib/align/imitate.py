@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from tinyonn_lib.align.answers import answers, encoded
 from tinyonn_lib.align.borrow import NothingToLearn, Rounds, probabilities
 from tinyonn_lib.align.parts import Part, only
 from tinyonn_lib.align.seeds import seed_of
-from tinyonn_lib.align.warm import packed
+from tinyonn_lib.align.warm import answer_nats, packed
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.engine import Local
 from tinyonn_lib.lm.samples import shuffled
@@ -83,8 +81,8 @@ def imitate(
         )  # fmt: skip
         params = [param for param in model.parameters() if param.requires_grad]
         engine = Local(
-            lambda rows: _nats(model, rows), params, model, [told.optimizer], clip=1.0, accumulate=1, shards=shards,
-            each=each,
+            lambda rows: answer_nats(model, rows), params, model, [told.optimizer], clip=1.0, accumulate=1,
+            shards=shards, each=each,
         )  # fmt: skip
         for number in range(told.done, rounds):
             asked = prompts.iloc[order(number).tolist()].reset_index(drop=True)
@@ -114,9 +112,3 @@ def imitate(
             "Not one right answer to learn from: warm up longer or take a smaller size.", int(told.rows["tokens"][-1])
         )
     return told.table()
-
-
-def _nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """Nats per answer, its end included; rows as of `warm.packed`."""
-    logits = model(input_ids=rows[:, 0, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1, 1:].flatten(), reduction="sum") / len(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -43,15 +42,8 @@ def kept(path: Path | None, key: str, make: Callable[[], Kept]) -> Kept:
     tensors, words = make()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = words | {"key": key}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with resume.replacing(path) as temporary:
         temporary.write_bytes(save(tensors, told | {"sha256": _sum(tensors, told)}))
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise resume.unwritable(path, error) from error
     return tensors, words
 
 

@@ -14,7 +14,6 @@ from tinyonn_lib.align.answers import encoded
 from tinyonn_lib.align.parts import Part, only
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.lm.samples import shuffled
-from tinyonn_lib.lm.schedule import Schedule
 from tinyonn_lib.lm.threads import default_shards
 from tinyonn_lib.lm.train import fit
 from tinyonn_lib.pretrain.layout import IGNORED
@@ -34,7 +33,6 @@ def teach(
     batch: int = 64,
     part: Part = "all",
     lr: float = 3.0e-3,
-    schedule: Schedule = "trapezoidal",
     seed: int = 0,
     checkpoint: Path | None = None,
     every_seconds: float = 10.0,
@@ -48,7 +46,7 @@ def teach(
         batch: pairs per step.
         part: what is trained, see `parts.Part`.
         lr: peak rate of AdamW on embeddings, head and norms; Muon on the matrices of the layers takes five times it.
-        schedule, checkpoint, every_seconds, progress: see `lm.train.fit`.
+        checkpoint, every_seconds, progress: see `lm.train.fit`.
         seed: order of the pairs.
 
     Returns:
@@ -65,23 +63,30 @@ def teach(
     # Behind the shortest prompt: the head of a small model is half of its work, and prompts need none.
     kept = int((rows[:, 1] != IGNORED).any(0).flip(0).nonzero().max()) + 1
 
-    def loss(data: Tensor) -> Tensor:
-        ids, labels = data[:, 0, :-1], data[:, 1, -kept:]
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-        each = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
-        return each.sum(1).mean()
-
     shards = default_shards(device)
     model.train()
     try:
         with only(model, part):
             return fit(
-                model, loss, shuffled(rows, batch, seed, device), optimizers(model, plan, shards), steps=steps,
-                schedule=schedule, warmup_steps=min(10, steps // 4), shards=shards,
-                checkpoint=checkpoint, every_seconds=every_seconds, progress=progress, tag=f"teach {seed} {batch}",
+                model, lambda data: answer_nats(model, data, kept), shuffled(rows, batch, seed, device),
+                optimizers(model, plan, shards), steps=steps, schedule="trapezoidal", warmup_steps=min(10, steps // 4),
+                shards=shards, checkpoint=checkpoint, every_seconds=every_seconds, progress=progress,
+                tag=f"teach {seed} {batch}",
             )  # fmt: skip
     finally:
         model.eval()
+
+
+def answer_nats(model: PreTrainedModel, rows: Tensor, kept: int = 0) -> Tensor:
+    """Mean nats per answer, its end included, of `(n, 2, length)` rows of `packed`; a scalar.
+
+    Args:
+        kept: places at the end that hold all answers; 0: any place may.
+    """
+    logits = model(input_ids=rows[:, 0, :-1], use_cache=False, logits_to_keep=kept).logits
+    labels = rows[:, 1, 1:][:, -kept:]
+    each = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
+    return each.sum(1).mean()
 
 
 def packed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame) -> Tensor:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +106,8 @@ def _kept(folder: Path | None, key: str, measure: Callable[[], Any]) -> Any:
     if folder is None:
         return measure()
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or damaged
+    found = resume.read_json(path)
+    if found is None:
         found = measure()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(found), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise resume.unwritable(path, error) from error
+        resume.write_json(path, found)
     return found

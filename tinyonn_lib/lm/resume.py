@@ -1,10 +1,11 @@
-"""Private checkpoints of a training loop: written atomically, read only if they belong to the same training."""
+"""Private files for going on after a kill: written atomically, read only if they belong to the same training."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,15 +93,44 @@ def save(
         "best": list(best),
         "rng": [list(states) for states in rng],
     }
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` afterwards; a kill leaves the old file or the new one.
+
+    Raises:
+        BenchError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")  # one name: a kill leaves at most one behind
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, temporary)
+        yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise unwritable(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Remember a value for `read_json`.
+
+    Raises:
+        BenchError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` left; None if there is no such file, or a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def unwritable(path: Path, error: Exception) -> BenchError:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from tinyonn_lib.errors import BenchError
 from tinyonn_lib.evaluate.losses import MIN_GROUPS, Difference, Loss, paired
-from tinyonn_lib.lm import judge
+from tinyonn_lib.lm import judge, resume
 from tinyonn_lib.pretrain import architectures
 from tinyonn_lib.pretrain.latent import Latent, attached
 from tinyonn_lib.pretrain.layout import Rows, lay
@@ -137,7 +137,7 @@ class Contest:
     def measure_speeds(self, lineup: Mapping[str, Entry], rounds: int = 15) -> None:
         """Seconds per token of everything that the entries compute, see `turns.in_turns`."""
         path = self.folder / "speeds.json"
-        found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        found: dict[str, float] = resume.read_json(path) or {}
         needed = {entry.computation: entry for entry in lineup.values()}
         first = next(iter(lineup.values())).computation
         if missing := needed.keys() - found.keys():
@@ -148,7 +148,7 @@ class Contest:
             took = in_turns(arms, rounds, self._progress("speeds", "rounds") if self._progress else None)
             unit = found.get(first, took[first]) / took[first]
             found |= {name: unit * took[name] for name in missing}
-            _write(path, found)
+            resume.write_json(path, found)
         self.speeds = found
 
     def enter(self, name: str, entry: Entry, pace: Entry, budgets: Sequence[Budget] = ("tokens", "time")) -> None:
@@ -222,13 +222,14 @@ class Contest:
 
     def _look(self, entry: Entry) -> Callable[[], float]:
         """A short training whenever it is called: seconds per token."""
-        contender, tokens = self.build(entry, 0), _SPEED_STEPS * entry.recipe.batch * self.length
+        contender, rows = self.build(entry, 0), self._laid(entry, 0)
+        tokens = _SPEED_STEPS * entry.recipe.batch * self.length
         # Without a ramp, whose small batches cost a few per cent more per token and are over soon.
         recipe = replace(entry.recipe, ramp=0.0)
 
         def look() -> float:
             timing: dict[str, float] = {}
-            contender.train(self._laid(entry, 0), recipe, tokens=tokens, timing=timing)
+            contender.train(rows, recipe, tokens=tokens, timing=timing)
             return timing["seconds"] / tokens
 
         return look
@@ -255,7 +256,7 @@ class Contest:
         key = hashlib.sha256(repr(plan).encode()).hexdigest()[:16]
         path, texts = self.folder / f"{key}.json", self.texts[split]
         sizes = np.array([len(text.encode()) for text in texts])
-        if path.exists() and len(kept := json.loads(path.read_text())) == len(texts):
+        if (kept := resume.read_json(path)) is not None:
             return Loss(np.array(kept), sizes)
         contender = self.build(entry, seed)
         told = None
@@ -267,13 +268,6 @@ class Contest:
         )
         with contender.whole():
             bits = judge.text_nats(contender.model, self.tokenizer, texts) / math.log(2)
-        _write(path, bits.tolist())
+        resume.write_json(path, bits.tolist())
         checkpoint.unlink(missing_ok=True)
         return Loss(bits, sizes)
-
-
-def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)

@@ -7,7 +7,6 @@ schedule.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from tinyonn_lib.errors import BenchError
+from tinyonn_lib.lm import resume
 from tinyonn_lib.lm.load import context_length, pick_device
 from tinyonn_lib.lm.threads import default_shards
 from tinyonn_lib.lm.train import fit
@@ -175,7 +175,7 @@ def _planned(trial: Callable[[int], object], seconds: float, per_step: int, plan
     Args:
         what: the training that the plan is for; one of another training is not used.
     """
-    if plan is not None and plan.exists() and (kept := json.loads(plan.read_text())).get("of") == what:
+    if plan is not None and (kept := resume.read_json(plan)) and kept["of"] == what:
         return int(kept["tokens"])
     began = time.monotonic()
     trial(2)  # the first steps allocate and warm caches
@@ -184,8 +184,5 @@ def _planned(trial: Callable[[int], object], seconds: float, per_step: int, plan
     ended = time.monotonic()
     tokens = per_step * max(1, math.floor((seconds - (ended - began)) / ((ended - middle) / 6)))
     if plan is not None:
-        plan.parent.mkdir(parents=True, exist_ok=True)
-        temporary = plan.with_name(plan.name + ".tmp")
-        temporary.write_text(json.dumps({"of": what, "tokens": tokens}))
-        temporary.replace(plan)
+        resume.write_json(plan, {"of": what, "tokens": tokens})
     return tokens
